@@ -1,0 +1,1 @@
+"""The walk as values and functions: no Kafka, no clock, no environment."""

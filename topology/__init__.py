@@ -1,0 +1,1 @@
+"""The Faust application around `pipeline`: agents, topics, transports, settings, command line."""
