@@ -1,0 +1,203 @@
+"""What state is made of: tables, keys, values, changes, and where a key stands in a store.
+
+A chain has tables; a table has a schema; the schema says how long a whole key is, which leading bytes route it, and
+how whole keys and values become what a store holds. Two layouts of a key exist:
+
+* the **whole key** is what the chain means (`utxo`: txid in hashing order, 32 B, then the output index, 4 B
+  big-endian). Diffs, the commitment, archives and people use whole keys.
+* the **storage key** is where a store keeps it: ``key_group (2 B, big-endian) || table id (1 B) || short key``.
+  For a table with ``short_at`` set, the short key leaves out the middle of the routing hash, so that an existing key
+  can be named by few bytes on the wire and found by a plain multi-get. The rest of the hash goes into the value.
+
+Two whole keys may share a short key: somebody who tries hard enough can make two meet. Then their entries share a
+**bucket**. Nothing but the layout of the stored bytes follows from it. A stored value of such a table is
+
+    n (1 B, 1..255) || n times: rest of the key || (only if n > 1: value length, 4 B little-endian) || value
+
+in ascending order of the rests. Equal states therefore have equal stored bytes.
+
+Key group = the top 12 bits of the routing bytes: 4,096 slices, fixed for ever, so shard counts can change later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pipeline.errors import SchemaUnknown, StoreCorrupt
+
+KEY_GROUPS = 4096
+KEY_BYTES_MAX = 1 << 10
+VALUE_BYTES_MAX = 4 << 20
+"""Bounds of one key and one value. The largest value a chain knows is a contract or a script: far below 4 MiB."""
+
+_STORAGE_PREFIX_BYTES = 3
+_BUCKET_ENTRIES_MAX = 255
+_GROUP_PREFIX = [group.to_bytes(2, "big") for group in range(KEY_GROUPS)]
+
+Reader = Callable[[list[bytes]], Sequence["bytes | None"]]
+"""Storage keys in, stored bytes out, None where nothing stands: one multi-get."""
+
+
+class Change(NamedTuple):
+    """One key's netted change in one block. ``before`` None: created. ``after`` None: deleted. Never equal."""
+
+    key: bytes
+    before: bytes | None
+    after: bytes | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schema:
+    """One table's layout. Generations fix it: it never changes under a running chain."""
+
+    table_id: int  # 1..255, part of every element hash and storage key
+    name: str
+    key_bytes: int  # whole key
+    route_bytes: int  # leading bytes of a whole key that decide its key group; grouped on the wire
+    short_at: int  # bytes of the route kept in the storage key; equal to route_bytes: nothing is left out
+
+    @property
+    def rest(self) -> slice:
+        """The part of a whole key that its storage key leaves out."""
+        return slice(self.short_at, self.route_bytes)
+
+    @property
+    def is_short(self) -> bool:
+        return self.short_at != self.route_bytes
+
+    @property
+    def short_key_bytes(self) -> int:
+        return self.key_bytes - (self.route_bytes - self.short_at)
+
+    def storage_keys(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Whole keys to storage keys, in the same order."""
+        table, short_at, route = bytes([self.table_id]), self.short_at, self.route_bytes
+        prefix = _GROUP_PREFIX
+        if not self.is_short:
+            return [prefix[(key[0] << 4) | (key[1] >> 4)] + table + key for key in keys]
+        return [prefix[(key[0] << 4) | (key[1] >> 4)] + table + key[:short_at] + key[route:] for key in keys]
+
+    def storage_keys_of_short(self, short_keys: Sequence[bytes]) -> list[bytes]:
+        """Short keys, as references on the wire name them, to storage keys."""
+        table, prefix = bytes([self.table_id]), _GROUP_PREFIX
+        return [prefix[(key[0] << 4) | (key[1] >> 4)] + table + key for key in short_keys]
+
+    def find(self, key: bytes, stored: bytes | None) -> bytes | None:
+        """The value of one whole key in what stands under its storage key, or None."""
+        if stored is None:
+            return None
+        if not self.is_short:
+            return stored
+        rest = key[self.rest]
+        if stored[0] == 1:
+            end = 1 + len(rest)
+            return stored[end:] if stored[1:end] == rest else None
+        for other, value in self.entries(stored):
+            if other == rest:
+                return value
+        return None
+
+    def find_all(self, keys: Sequence[bytes], stored: Sequence[bytes | None]) -> list[bytes | None]:
+        """`find` for a batch: the hot path of every read."""
+        if not self.is_short:
+            return list(stored)
+        start, stop = self.short_at, self.route_bytes
+        end = 1 + stop - start
+        find = self.find
+        return [
+            None
+            if held is None
+            else (held[end:] if held[0] == 1 and held[1:end] == key[start:stop] else find(key, held))
+            for key, held in zip(keys, stored, strict=True)
+        ]
+
+    def entries(self, stored: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """The (rest of key, value) pairs under one storage key of a short table. Raises StoreCorrupt."""
+        rest_bytes = self.route_bytes - self.short_at
+        count = stored[0] if stored else 0
+        if count == 1 and len(stored) >= 1 + rest_bytes:
+            yield stored[1 : 1 + rest_bytes], stored[1 + rest_bytes :]
+            return
+        at, previous = 1, b""
+        for _ in range(count):
+            head = at + rest_bytes + 4
+            rest = stored[at : at + rest_bytes]
+            stop = head + int.from_bytes(stored[at + rest_bytes : head], "little")
+            if stop > len(stored) or rest <= previous:
+                raise self._corrupt(stored)
+            yield rest, stored[head:stop]
+            at, previous = stop, rest
+        if count < 2 or at != len(stored):
+            raise self._corrupt(stored)
+
+    def _corrupt(self, stored: bytes) -> StoreCorrupt:
+        return StoreCorrupt(
+            f"a stored value of table {self.name} is malformed ({len(stored)} bytes, first {stored[:8].hex()})",
+            way_out="run `stateferry verify --level full`, then restore this data directory",
+        )
+
+    def with_value(self, key: bytes, stored: bytes | None, value: bytes | None) -> bytes | None:
+        """What stands under a storage key after ``key`` got ``value`` (None: was deleted)."""
+        if not self.is_short:
+            return value
+        rest = key[self.rest]
+        if stored is None or (stored[0] == 1 and stored[1 : 1 + len(rest)] == rest):
+            return None if value is None else b"\x01" + rest + value
+        others = [entry for entry in self.entries(stored) if entry[0] != rest]
+        if value is not None:
+            others.append((rest, value))
+            others.sort()
+        return self.bucket(others)
+
+    def bucket(self, entries: Sequence[tuple[bytes, bytes]]) -> bytes | None:
+        """Ascending (rest, value) entries as stored bytes; None if there are none."""
+        if not entries:
+            return None
+        if len(entries) == 1:
+            return b"\x01" + entries[0][0] + entries[0][1]
+        if len(entries) > _BUCKET_ENTRIES_MAX:
+            raise StoreCorrupt(f"more than {_BUCKET_ENTRIES_MAX} keys of table {self.name} share one short key")
+        parts = [bytes([len(entries)])]
+        for rest, value in entries:
+            parts += (rest, len(value).to_bytes(4, "little"), value)
+        return b"".join(parts)
+
+    def items(self, storage_key: bytes, stored: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """The (whole key, value) pairs that stand under one storage key, ascending."""
+        short = storage_key[_STORAGE_PREFIX_BYTES:]
+        if not self.is_short:
+            yield short, stored
+            return
+        head, tail = short[: self.short_at], short[self.short_at :]
+        for rest, value in self.entries(stored):
+            yield head + rest + tail, value
+
+
+UTXO = Schema(table_id=1, name="utxo", key_bytes=36, route_bytes=32, short_at=8)
+"""Unspent coins. Whole key: txid in hashing order (not the reversed order people see), output index big-endian."""
+
+SCHEMAS: dict[int, Schema] = {schema.table_id: schema for schema in (UTXO,)}
+SCHEMAS_BY_NAME: dict[str, Schema] = {schema.name: schema for schema in SCHEMAS.values()}
+
+
+def schema_named(name: str) -> Schema:
+    """The schema of a table. Raises SchemaUnknown."""
+    try:
+        return SCHEMAS_BY_NAME[name]
+    except KeyError:
+        known = ", ".join(sorted(SCHEMAS_BY_NAME))
+        raise SchemaUnknown(f"there is no table {name!r}", way_out=f"tables are: {known}") from None
+
+
+def schema_of_storage_key(storage_key: bytes) -> Schema:
+    """The schema of the table a storage key belongs to. Raises StoreCorrupt."""
+    schema = SCHEMAS.get(storage_key[2]) if len(storage_key) > _STORAGE_PREFIX_BYTES else None
+    if schema is None or len(storage_key) != _STORAGE_PREFIX_BYTES + schema.short_key_bytes:
+        raise StoreCorrupt(f"storage key {storage_key.hex()} belongs to no table of this version")
+    return schema
+
+
+def key_group(storage_key: bytes) -> int:
+    return int.from_bytes(storage_key[:2], "big")
