@@ -1,8 +1,8 @@
 """Blocks and the events that carry them: what a source says, in the order in which it says it.
 
 A source walks its chain. Each step is an **event** with a dense walk number: `Connect` a block on top of the position,
-or `Rewind` to an earlier block of the current branch. An `Epoch` record opens the reign of one source writer, a
-`Generation` record opens the topic. FORMAT.md, "Events", gives the MessagePack maps; any language can write them.
+or `Rewind` to an earlier block of the current branch. A `SourceEpoch` opens the reign of one
+source writer. FORMAT.md, "Events", gives the MessagePack maps; any language can write them.
 
 The ops of a block stand in one ordered list per table, because a block may create and delete the same key. They are
 kept as columns (codes, keys, values), because that is how they are encoded and applied: one pass, no object per op.
@@ -19,7 +19,7 @@ import msgpack
 import xxhash
 
 from pipeline import codec
-from pipeline.errors import EventCorrupt, Unsupported, WrongChain
+from pipeline.errors import EventCorrupt, Unsupported
 from pipeline.state import KEY_BYTES_MAX, SCHEMAS_BY_NAME, VALUE_BYTES_MAX, Schema
 
 EVENT_MAGIC = b"SFev"
@@ -113,24 +113,9 @@ class SourceEpoch:
     resume_walk: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceGeneration:
-    """The first record of the topic. ``base`` is the position's block from which the walk starts (None: before the
-    first block of the chain); ``base_manifest`` the digest of the manifest that holds its state (empty: no state)."""
+Event = Connect | Rewind | SourceEpoch
 
-    stamp: SourceStamp
-    base: BlockRef | None
-    base_manifest: bytes
-
-
-Event = Connect | Rewind | SourceEpoch | SourceGeneration
-
-_KINDS: dict[type, str] = {
-    Connect: "connect",
-    Rewind: "rewind",
-    SourceEpoch: "epoch",
-    SourceGeneration: "generation",
-}
+_KINDS: dict[type, str] = {Connect: "connect", Rewind: "rewind", SourceEpoch: "epoch"}
 
 
 def encode_event(event: Event) -> bytes:
@@ -163,13 +148,7 @@ def encode_event(event: Event) -> bytes:
             fields |= {"walk": walk, "height": to.height, "hash": to.block_hash}
         case SourceEpoch(resume_walk=resume_walk):
             fields |= {"resume_walk": resume_walk}
-        case SourceGeneration(base=base, base_manifest=base_manifest):
-            fields |= {
-                "height": -1 if base is None else base.height,
-                "hash": b"" if base is None else base.block_hash,
-                "base_manifest": base_manifest,
-            }
-    payload = msgpack.packb(fields, use_bin_type=True)
+    payload: bytes = msgpack.packb(fields, use_bin_type=True)
     return EVENT_MAGIC + bytes([EVENT_VERSION]) + xxhash.xxh3_64_digest(payload) + payload
 
 
@@ -188,7 +167,9 @@ def decode_event(data: bytes, *, with_ops: bool = True) -> Event:
         raise EventCorrupt(f"a record does not begin as an event does (first bytes {data[:8].hex()})")
     version = data[len(EVENT_MAGIC)]
     if version != EVENT_VERSION:
-        raise Unsupported(f"an event of version {version}", way_out=f"this build reads version {EVENT_VERSION}: upgrade")
+        raise Unsupported(
+            f"an event of version {version}", way_out=f"this build reads version {EVENT_VERSION}: upgrade"
+        )
     payload = memoryview(data)[_PREFIX_BYTES:]
     if xxhash.xxh3_64_digest(payload) != data[len(EVENT_MAGIC) + 1 : _PREFIX_BYTES]:
         raise EventCorrupt("an event's checksum does not match its bytes")
@@ -223,32 +204,10 @@ def decode_event(data: bytes, *, with_ops: bool = True) -> Event:
             )
         case "epoch":
             event = SourceEpoch(stamp=stamp, resume_walk=reader.number("resume_walk"))
-        case "generation":
-            base_hash = reader.blob("hash")
-            height = reader.integer("height")
-            if (height < 0) != (base_hash == b"") or (base_hash and len(base_hash) != _HASH_BYTES):
-                raise EventCorrupt("a generation event's base is half there")
-            event = SourceGeneration(
-                stamp=stamp,
-                base=BlockRef(height, base_hash) if base_hash else None,
-                base_manifest=reader.blob("base_manifest"),
-            )
         case _:
             raise Unsupported(f"an event of kind {kind!r}", way_out="upgrade this build")
     reader.done()
     return event
-
-
-def check_stamp(event: Event, *, chain_id: str, generation: bytes | None) -> None:
-    """Raises WrongChain if the event belongs to another chain or (where given) another generation."""
-    stamp = event.stamp
-    if stamp.chain_id != chain_id:
-        raise WrongChain(f"an event of chain {stamp.chain_id!r} where {chain_id!r} was expected")
-    if generation is not None and stamp.generation != generation:
-        raise WrongChain(
-            f"an event of generation {stamp.generation.hex()} where {generation.hex()} was expected",
-            way_out="restore this data directory from a snapshot of the new generation",
-        )
 
 
 def _unpack(payload: memoryview | bytes, what: str) -> Any:
@@ -281,12 +240,8 @@ class _Fields:
             raise EventCorrupt(f"an event's field {name!r} is not of type {kind.__name__}")
         return value
 
-    def integer(self, name: str) -> int:
-        value: int = self._take(name, int)
-        return value
-
     def number(self, name: str, maximum: int = (1 << 63) - 1) -> int:
-        value = self.integer(name)
+        value: int = self._take(name, int)
         if not 0 <= value <= maximum:
             raise EventCorrupt(f"an event's field {name!r} is {value}, not within 0..{maximum}")
         return value
@@ -350,4 +305,4 @@ def _check_ops(schema: Schema, ops: Ops) -> Ops:
     return ops
 
 
-assert KEY_BYTES_MAX >= max(schema.key_bytes for schema in SCHEMAS_BY_NAME.values())
+assert max(schema.key_bytes for schema in SCHEMAS_BY_NAME.values()) <= KEY_BYTES_MAX

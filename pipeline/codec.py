@@ -16,7 +16,7 @@ ZSTD_LEVEL = 3
 """On real blocks 90% of a diff is hashes: higher levels cost time and gain nothing (see `stateferry bench wire`)."""
 
 RATIO_MAX = 4096
-"""A frame may not grow by more than this on decompression. zstd's own limit on zeroes is higher: such data is a bomb."""
+"""Nothing may grow by more than this on decompression. zstd's own limit on zeroes is higher: such data is a bomb."""
 
 _SLACK_BYTES = 64 << 10  # tiny inputs may exceed the ratio: an all-zero column of a few KB compresses to 20 bytes
 

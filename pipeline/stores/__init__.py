@@ -1,0 +1,1 @@
+"""Where state is kept: the promise (`base`), the model (`memory`), the real one (`rocksdb`)."""

@@ -1,0 +1,137 @@
+"""What one block did to the state, whole: every table's netted changes, which can be inverted, squashed and encoded.
+
+A `Diff` in whole form is the unit of everything durable: the journal keeps it to undo the block, the archive keeps it
+for ever, frame ids are made of its digests. Undoing is applying the inverted diff; there is no second walk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from pipeline.commitment import lthash
+from pipeline.delta import References, TableDiff, decode_references, decode_whole, encode_whole, table_diff
+from pipeline.errors import FrameCorrupt, Unsupported
+from pipeline.state import SCHEMAS, Change
+
+BODY_BYTES_MAX = 256 << 20
+"""Bound of a diff's columns, decompressed."""
+
+Vectors = Mapping[int, bytes]
+"""LtHash vectors by table id."""
+
+EMPTY_VECTORS: Vectors = dict.fromkeys(SCHEMAS, lthash.ZERO)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diff:
+    """Tables without changes are left out."""
+
+    tables: Mapping[int, TableDiff]
+
+    @property
+    def op_count(self) -> int:
+        return sum(map(len, self.tables.values()))
+
+    def inverted(self) -> Diff:
+        return Diff(tables={table_id: table.inverted() for table_id, table in self.tables.items()})
+
+    def encode(self) -> WholeBody:
+        """The diff's columns in whole form, with the digest of each table's."""
+        return WholeBody.of({table_id: encode_whole(self.tables[table_id]) for table_id in sorted(self.tables)})
+
+    def advance(self, vectors: Vectors) -> dict[int, bytes]:
+        """The vectors after this diff, from those before it: what a replica computes for itself."""
+        after = dict(vectors)
+        for table_id, table in self.tables.items():
+            accumulator = lthash.Accumulator(vectors[table_id])
+            accumulator.add(lthash.elements(table_id, table.created_keys, table.created_values))
+            accumulator.subtract(lthash.elements(table_id, table.deleted_keys, table.deleted_befores))
+            if table.updated_keys:
+                accumulator.add(lthash.elements(table_id, table.updated_keys, table.updated_afters))
+                accumulator.subtract(lthash.elements(table_id, table.updated_keys, table.updated_befores))
+            after[table_id] = accumulator.vector()
+        return after
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeBody:
+    """A diff's columns and the digests that its id is made of, by table id."""
+
+    columns: Mapping[int, bytes]
+    digests: Mapping[int, bytes]
+
+    @classmethod
+    def of(cls, columns: Mapping[int, bytes]) -> WholeBody:
+        return cls(columns=columns, digests={table_id: blake3(column).digest() for table_id, column in columns.items()})
+
+
+def join_tables(columns: Mapping[int, bytes]) -> bytes:
+    """Tables' columns as one body: u8 count, then per table u8 id, u32 length, columns; ids ascending."""
+    parts = [bytes([len(columns)])]
+    for table_id in sorted(columns):
+        column = columns[table_id]
+        parts += (bytes([table_id]), len(column).to_bytes(4, "little"), column)
+    return b"".join(parts)
+
+
+def split_tables(body: bytes) -> dict[int, memoryview]:
+    """The inverse of `join_tables`. Raises FrameCorrupt and Unsupported (an unknown table)."""
+    view = memoryview(body)
+    if not view:
+        raise FrameCorrupt("a body without a table count")
+    tables: dict[int, memoryview] = {}
+    at, previous = 1, 0
+    for _ in range(view[0]):
+        head = bytes(view[at : at + 5])
+        if len(head) < 5:
+            raise FrameCorrupt("a body ends inside a table's head")
+        table_id, size = head[0], int.from_bytes(head[1:], "little")
+        if table_id not in SCHEMAS:
+            raise Unsupported(f"table id {table_id} is unknown to this build", way_out="upgrade")
+        if table_id <= previous or at + 5 + size > len(view):
+            raise FrameCorrupt(f"table {table_id} of a body is out of order or cut off")
+        tables[table_id] = view[at + 5 : at + 5 + size]
+        at, previous = at + 5 + size, table_id
+    if at != len(view):
+        raise FrameCorrupt("bytes are left over after a body's tables")
+    return tables
+
+
+def decode_whole_body(body: bytes) -> Diff:
+    """A body of whole columns as a diff. Raises FrameCorrupt, Unsupported."""
+    tables = {table_id: decode_whole(SCHEMAS[table_id], view) for table_id, view in split_tables(body).items()}
+    if not all(map(len, tables.values())):
+        raise FrameCorrupt("a body names a table without changes")
+    return Diff(tables=tables)
+
+
+def decode_reference_body(body: bytes) -> dict[int, References]:
+    """A body of reference columns, table by table. Raises FrameCorrupt, Unsupported."""
+    return {table_id: decode_references(SCHEMAS[table_id], view) for table_id, view in split_tables(body).items()}
+
+
+def squash(diffs: Sequence[Diff]) -> Diff:
+    """Consecutive diffs, oldest first, as the one diff from before the first to after the last.
+
+    Raises FrameCorrupt if one does not follow from the one before (a before-value that is not the last after-value).
+    """
+    merged: dict[int, dict[bytes, tuple[bytes | None, bytes | None]]] = {}
+    for diff in diffs:
+        for table_id, table in diff.tables.items():
+            changes = merged.setdefault(table_id, {})
+            for key, before, after in table.changes():
+                first, last = changes.get(key, (before, before))
+                if last != before:
+                    raise FrameCorrupt(
+                        f"diffs do not follow each other at key {key.hex()} of table {table.schema.name}"
+                    )
+                changes[key] = (first, after)
+    tables = {}
+    for table_id, changes in merged.items():
+        netted = [Change(key, first, last) for key, (first, last) in sorted(changes.items()) if first != last]
+        if netted:
+            tables[table_id] = table_diff(SCHEMAS[table_id], netted)
+    return Diff(tables=tables)

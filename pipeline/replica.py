@@ -1,0 +1,406 @@
+"""The follower: what one record of the diffs topic means to a store, on every node.
+
+The rule, in the order in which it is asked, the same on every reader:
+
+    damaged, another generation or shard, a writer not in force      -> Void: counted, passed by
+    an EPOCH with the number in force + 1                            -> Reign
+    a GENERATION with the number in force + 1                        -> Ended: this history is over
+    in force, of a version or feature unknown here                   -> Unsupported: stop
+    in force, undecodable                                            -> FrameCorrupt: quarantine
+    the seq and id applied last                                      -> Repeat
+    seq + 1, links meet, root and id are as claimed                  -> Applied
+    a gap                                                            -> SeqGap: bridge or restore
+    another id at a seq, links that do not meet, another root        -> Diverged: quarantine
+
+Applied steps collect in a group; `Replica.commit` writes the group in one batch. A primary uses the same class: it
+computes steps ahead (`push`), and when it reads its own frame back it accepts the step it prepared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from blake3 import blake3
+
+from pipeline import chunk, failpoints, frame, journal
+from pipeline.apply import Effect, apply_references, apply_whole
+from pipeline.codec import Codec
+from pipeline.diff import Diff, decode_reference_body, decode_whole_body, join_tables, split_tables
+from pipeline.errors import FrameCorrupt, LogLost, StoreCorrupt
+from pipeline.frame import Feature, Header, Kind
+from pipeline.generation import Generation, decode_end
+from pipeline.layers import Layers
+from pipeline.position import Meta, Tip, encode_meta
+from pipeline.stores.base import META_KEY, Batch, Store
+from pipeline.verify import check_result, follows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One numbered frame, computed and checked, not yet written."""
+
+    header: Header
+    effect: Effect
+    before: Tip
+    after: Tip
+    whole: bytes  # the frame in whole form: the journal's, later the archive's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Applied:
+    step: Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repeat:
+    seq: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Void:
+    """A record that no reader may follow. ``reason`` is one of a fixed few words, counted by it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partial:
+    """A chunk of a message that is not complete yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reign:
+    header: Header
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    successor: Generation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Next:
+    """A frame in force that follows; what it changes is still to be computed."""
+
+    header: Header
+    message: bytes
+
+
+Outcome = Applied | Repeat | Void | Partial | Reign | Ended
+Judgement = Next | Repeat | Void | Partial | Reign | Ended
+
+
+class Replica:
+    """A store that follows one partition of frames.
+
+    * `meta` is the position of all that was accepted; the store's own is that of the last `commit`.
+    * A step is pushed (readable on top of the store), then accepted (the log made it valid), then committed.
+    """
+
+    def __init__(self, store: Store, meta: Meta, *, archives: bool = False) -> None:
+        """``archives``: keep journal entries until `Meta.archived_to` passed them."""
+        self.store = store
+        self.meta = meta
+        self.layers = Layers(store)
+        self.voids: Counter[str] = Counter()
+        self._archives = archives
+        self._assembler = chunk.Assembler()
+        self._steps: dict[int, Step] = {}  # pushed, not committed, by seq
+        self._group: list[int] = []  # accepted, not committed
+        self._undo: dict[bytes, bytes | None] = {}  # of the group
+        self._group_is_dirty = False
+
+    # Reading
+
+    @property
+    def group_bytes(self) -> int:
+        """What waits for `commit`, layers included."""
+        return self.layers.dirty_bytes
+
+    @property
+    def group_length(self) -> int:
+        return len(self._group)
+
+    @property
+    def held_chunk_bytes(self) -> int:
+        return self._assembler.held_bytes
+
+    @property
+    def is_between_messages(self) -> bool:
+        """False inside a chunked message: no offset there may be stored."""
+        return self._assembler.is_empty
+
+    def judge(self, record: bytes) -> Judgement:
+        """What a record is, without computing it. Raises as the module says."""
+        if chunk.is_chunk(record):
+            return self._judge_chunk(record)
+        return self._judge_message(record)
+
+    def _judge_chunk(self, record: bytes) -> Judgement:
+        try:
+            part = chunk.decode_chunk(record)
+        except FrameCorrupt:
+            return self._void("damaged")
+        if part.generation != self.meta.generation:
+            return self._void("generation")
+        if (part.epoch, part.writer) != (self.meta.epoch, self.meta.writer):
+            return self._void("writer")
+        message = self._assembler.feed(part)
+        return Partial() if message is None else self._judge_message(message)
+
+    def _judge_message(self, message: bytes) -> Judgement:
+        meta = self.meta
+        prefix = frame.peek_prefix(message)
+        if prefix is None:
+            return self._void("damaged")
+        if prefix.generation != meta.generation:
+            return self._void("generation")
+        if (prefix.shard, prefix.shards) != (meta.shard, meta.shards):
+            return self._void("shard")
+        if prefix.kind in (Kind.EPOCH, Kind.GENERATION):
+            if prefix.epoch != meta.epoch + 1:
+                return self._void("epoch")
+            self.forget_chunks()
+            if prefix.kind == Kind.GENERATION:
+                return Ended(successor=decode_end(frame.decode(message).body))
+            return Reign(header=frame.peek(message))
+        if (prefix.epoch, prefix.writer) != (meta.epoch, meta.writer):
+            return self._void("writer")
+        self.forget_chunks()
+        header = frame.peek(message)
+        if not follows(header, meta):
+            return Repeat(seq=header.seq)
+        return Next(header=header, message=message)
+
+    def _void(self, reason: str) -> Void:
+        self.voids[reason] += 1
+        return Void(reason=reason)
+
+    # Following
+
+    def step(self, record: bytes, offset: int) -> Outcome:
+        """Take one record in, up to the group. Raises as the module says; nothing of the record is kept then."""
+        judged = self.judge(record)
+        match judged:
+            case Next(header=header, message=message):
+                step = self.compute(header, message)
+                failpoints.hit("follow.stepped")
+                self.push(step)
+                self.accept(step, offset=offset, digest=frame.digest_of(record))
+                return Applied(step=step)
+            case Reign(header=header):
+                self.meta = self.meta.after_epoch(header, offset=offset, digest=frame.digest_of(record))
+                self._group_is_dirty = True
+                return judged
+            case _:
+                return judged
+
+    def compute(self, header: Header, message: bytes) -> Step:
+        """What a frame that follows does, checked against everything it claims."""
+        before = self.meta.tip
+        if header.kind is Kind.UNDO:
+            return self.compute_undo(header)
+        decoded = frame.decode(message)
+        if Feature.SELF_CONTAINED in header.required:
+            diff = decode_whole_body(decoded.body)
+            effect = apply_whole(diff, self.layers.read)
+        else:
+            diff, effect = apply_references(decode_reference_body(decoded.body), self.layers.read)
+        if header.op_count != diff.op_count:
+            raise FrameCorrupt(f"frame {header.seq} announces {header.op_count} changes and has {diff.op_count}")
+        after = Tip(ref=header.ref, vectors=diff.advance(before.vectors), seq=header.seq)
+        body = diff.encode()
+        check_result(header, after, frame.frame_id(header, body.digests))
+        whole = frame.encode(as_whole(header), join_tables(body.columns))
+        return Step(header=header, effect=effect, before=before, after=after, whole=whole)
+
+    def compute_undo(self, header: Header) -> Step:
+        """An UNDO frame: what it does comes from this node's own journal."""
+        undone = self.entry(self.meta.tip.seq)
+        check_result(header, undone.before, frame.frame_id(header, undone.digests))
+        return self.undo_step(header, undone, self.meta.tip)
+
+    def undo_step(self, header: Header, undone: Undone, before: Tip) -> Step:
+        """The step that takes ``undone`` off ``before``."""
+        effect = apply_whole(undone.diff.inverted(), self.layers.read)
+        whole = frame.encode(as_whole(header), undone.body)
+        return Step(header=header, effect=effect, before=before, after=undone.before, whole=whole)
+
+    def forget_chunks(self) -> None:
+        """A message in force came whole: what is incomplete stays so for every reader, restarted or not."""
+        self._assembler.discard()
+
+    def push(self, step: Step) -> None:
+        """Make a computed step readable."""
+        self.layers.push(step.header.seq, step.effect.writes)
+        self._steps[step.header.seq] = step
+
+    def accept(self, step: Step, *, offset: int, digest: bytes) -> None:
+        """The log made a pushed step valid: it belongs to the group now."""
+        header, before = step.header, self.meta
+        self.meta = before.after(header, step.after, offset=offset, digest=digest)
+        # How far this node's own journal and archive reach is no part of history: entries are the same on every node.
+        timeless = replace(before, journal_first_seq=0, journal_first_height=0, archived_to=0)
+        entry = journal.Entry(before=timeless, frame_bytes=step.whole)
+        self._undo[journal.entry_key(header.seq)] = journal.encode_entry(entry)
+        at_height = journal.height_key(header.ref.height)
+        self._undo[at_height] = None if header.kind is Kind.UNDO else header.seq.to_bytes(8, "big")
+        self._group.append(header.seq)
+        self._group_is_dirty = True
+
+    def commit(self) -> None:
+        """Write the group: the only commit point there is. Does nothing without one."""
+        if not self._group_is_dirty:
+            return
+        self._prune()
+        batch = Batch(
+            state=_merge([self._steps[seq].effect for seq in self._group]),
+            undo=self._undo,
+            meta={META_KEY: encode_meta(self.meta)},
+        )
+        failpoints.hit("store.before_write")
+        self.store.write(batch)
+        failpoints.hit("store.after_write")
+        for seq in self._group:
+            self.layers.settle(seq)
+            del self._steps[seq]
+        self._group, self._undo, self._group_is_dirty = [], {}, False
+
+    def drop_proposed(self) -> None:
+        """Forget every pushed step that was not accepted."""
+        accepted = self._group[-1] if self._group else self.meta.seq
+        self.layers.revert(accepted if self._group else 0)
+        self._steps = {seq: step for seq, step in self._steps.items() if seq <= accepted}
+
+    def archived(self, archived_to: int) -> None:
+        """Blocks below this height are in the archive: the next commit may prune them."""
+        self.meta = replace(self.meta, archived_to=archived_to)
+        self._group_is_dirty = True
+
+    # The journal
+
+    def entry(self, seq: int) -> Undone:
+        """What taking a frame back needs, from the steps not yet written or from the journal."""
+        step = self._steps.get(seq)
+        if step is not None:
+            return Undone.of(step.before, step.whole)
+        entry = self._stored_entry(seq)
+        return Undone.of(entry.before.tip, entry.frame_bytes)
+
+    def _stored_entry(self, seq: int) -> journal.Entry:
+        data = self._undo.get(journal.entry_key(seq)) or self.store.get_undo(journal.entry_key(seq))
+        if data is None:
+            raise StoreCorrupt(
+                f"the journal has no entry for seq {seq} (it begins at {self.meta.journal_first_seq})",
+                way_out="restore this data directory from a snapshot",
+            )
+        return journal.decode_entry(data)
+
+    def seq_at(self, height: int) -> int | None:
+        """The seq of the frame that connected the current branch's block at a height, while the journal has it."""
+        for step in reversed(self._steps.values()):
+            if step.header.ref.height == height:
+                return None if step.header.kind is Kind.UNDO else step.header.seq
+        key = journal.height_key(height)
+        data = self._undo[key] if key in self._undo else self.store.get_undo(key)
+        return None if data is None else int.from_bytes(data, "big")
+
+    def header_at(self, height: int) -> Header:
+        """The header of the current branch's block at a height. Raises StoreCorrupt if the journal has none."""
+        seq = self.seq_at(height)
+        if seq is None:
+            raise StoreCorrupt(f"the journal has no block at height {height}")
+        step = self._steps.get(seq)
+        return self._stored_entry(seq).header if step is None else step.header
+
+    def _prune(self) -> None:
+        """Drop what finality, and the archive where this node feeds one, no longer need."""
+        meta = self.meta
+        bound = min(meta.final_height, meta.archived_to - 1) if self._archives else meta.final_height
+        height, first = meta.journal_first_height, meta.journal_first_seq
+        while height <= min(bound, meta.tip.height):
+            seq = self.seq_at(height)
+            if seq is not None:
+                for old in range(first, seq + 1):
+                    self._undo[journal.entry_key(old)] = None
+                first = seq + 1
+            self._undo[journal.height_key(height)] = None
+            height += 1
+        self.meta = replace(meta, journal_first_height=height, journal_first_seq=first)
+
+    def take_back(self) -> None:
+        """Undo the last frame because the log lost it: state and meta as before it, but the proof. Commits.
+
+        Raises LogLost when the journal does not reach that far.
+        """
+        assert not self._steps, "frames are in flight"
+        meta = self.meta
+        if meta.seq < meta.journal_first_seq:
+            raise LogLost(
+                f"the log lost more frames than the journal can take back (it begins at seq {meta.journal_first_seq})",
+                way_out="restore this data directory from a snapshot",
+            )
+        entry = self._stored_entry(meta.seq)
+        header = entry.header
+        effect = apply_whole(entry.diff().inverted(), self.layers.read)
+        at_height = journal.height_key(header.ref.height)
+        back_at = entry.before.tip.seq.to_bytes(8, "big") if header.kind is Kind.UNDO else None
+        self.meta = replace(
+            entry.before,
+            highest=meta.highest,  # the final height never goes back
+            journal_first_seq=meta.journal_first_seq,
+            journal_first_height=meta.journal_first_height,
+            archived_to=meta.archived_to,
+        )
+        self.store.write(
+            Batch(
+                state=effect.writes,
+                undo={journal.entry_key(meta.seq): None, at_height: back_at},
+                meta={META_KEY: encode_meta(self.meta)},
+            )
+        )
+        failpoints.hit("store.taken_back")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Undone:
+    """A frame as its journal entry has it. ``diff``: the block's own changes, also of an UNDO frame's entry."""
+
+    before: Tip
+    header: Header
+    body: bytes
+    diff: Diff
+    digests: dict[int, bytes]
+
+    @classmethod
+    def of(cls, before: Tip, whole: bytes) -> Undone:
+        decoded = frame.decode(whole)
+        digests = {table_id: blake3(view).digest() for table_id, view in split_tables(decoded.body).items()}
+        return cls(
+            before=before,
+            header=decoded.header,
+            body=decoded.body,
+            diff=decode_whole_body(decoded.body),
+            digests=digests,
+        )
+
+
+def as_whole(header: Header) -> Header:
+    """The header of the same frame in whole form."""
+    return replace(header, required=header.required | Feature.SELF_CONTAINED, codec=Codec.ZSTD)
+
+
+def _merge(effects: list[Effect]) -> dict[bytes, bytes | None]:
+    """A group's writes as one: the last write of a key stands; what came and went inside the group is left out."""
+    if len(effects) == 1:
+        return effects[0].writes
+    merged: dict[bytes, bytes | None] = {}
+    fresh: set[bytes] = set()
+    for effect in effects:
+        fresh.update(effect.fresh - merged.keys())
+        merged |= effect.writes
+    for key in fresh:
+        if merged[key] is None:
+            del merged[key]
+    return merged

@@ -1,0 +1,220 @@
+"""The store of every node: RocksDB through rocksdict, three column families, one write batch per group.
+
+**fsync policy.** The write-ahead log is on and not synced per write. A process that is killed loses nothing: the
+kernel has the bytes. After a power cut the store may be some batches older than the log it follows, never newer than
+what it was told, and never torn between column families, as all three share one write-ahead log. The log decides, so
+an older store simply reads on. `flush` syncs; snapshots and restores call it before they publish anything.
+
+**Memory.** Memtables: state 2 x 32 MiB, undo 2 x 16 MiB, meta 2 x 2 MiB; one block cache of 64 MiB holds blocks, index
+and filter blocks of all families: 164 MiB at most. Options are those measured in `stateferry bench apply`: full bloom
+filters of 10 bits (a miss is answered without a disk read), hash index inside data blocks, memtable bloom, no
+compression (values are hashes), dynamic levels.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rocksdict import (
+    AccessType,
+    BlockBasedOptions,
+    Cache,
+    Checkpoint,
+    DataBlockIndexType,
+    DBCompressionType,
+    IngestExternalFileOptions,
+    Options,
+    Rdict,
+    ReadOptions,
+    WriteBatch,
+)
+
+from pipeline.errors import DiskFull, Locked, StateferryError, StoreCorrupt, Unsupported
+from pipeline.stores.base import FORMAT_KEY, FORMAT_VERSION, Batch
+
+BLOCK_CACHE_BYTES = 64 << 20
+_STATE_MEMTABLE_BYTES = 32 << 20
+_UNDO_MEMTABLE_BYTES = 16 << 20
+_META_MEMTABLE_BYTES = 2 << 20
+_FAMILIES = ("state", "undo", "meta")
+
+
+def state_options(memtable_bytes: int = _STATE_MEMTABLE_BYTES, cache: Cache | None = None) -> Options:
+    """How the state family is tuned; also the options of snapshot parts and of the baseline of `bench apply`."""
+    table = BlockBasedOptions()
+    table.set_bloom_filter(10, False)
+    table.set_data_block_index_type(DataBlockIndexType.binary_and_hash())
+    table.set_data_block_hash_ratio(0.75)
+    table.set_block_size(4096)
+    table.set_format_version(5)
+    if cache is not None:
+        table.set_block_cache(cache)
+        table.set_cache_index_and_filter_blocks(True)
+        table.set_pin_l0_filter_and_index_blocks_in_cache(True)
+    options = Options(raw_mode=True)
+    options.create_if_missing(True)
+    options.create_missing_column_families(True)
+    options.set_block_based_table_factory(table)
+    options.set_compression_type(DBCompressionType.none())
+    options.set_write_buffer_size(memtable_bytes)
+    options.set_max_write_buffer_number(2)
+    options.set_memtable_whole_key_filtering(True)
+    options.set_memtable_prefix_bloom_ratio(0.1)
+    options.set_level_compaction_dynamic_level_bytes(True)
+    options.set_max_background_jobs(2)
+    options.set_max_open_files(256)
+    options.set_max_total_wal_size(128 << 20)
+    options.set_keep_log_file_num(2)
+    options.set_max_log_file_size(1 << 20)
+    return options
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """rocksdict raises plain Exceptions with RocksDB's status text; here they get their names."""
+    try:
+        yield
+    except StateferryError:
+        raise
+    except Exception as error:
+        text = str(error)
+        if "No space left" in text or "Read-only file system" in text or "Permission denied" in text:
+            raise DiskFull(
+                f"the store cannot write: {text}", where=str(path), way_out="free some space, then start again"
+            ) from error
+        if "lock" in text.lower() and "IO error" in text:
+            raise Locked(
+                "the store is open in another process", where=str(path), way_out="stop that worker, or ask it instead"
+            ) from error
+        if "Corruption" in text or "checksum" in text.lower():
+            raise StoreCorrupt(
+                f"the store is damaged: {text}",
+                where=str(path),
+                way_out="restore this data directory from a snapshot",
+            ) from error
+        raise
+
+
+class RocksStore:
+    """A `Store` in one directory."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        """Opens or creates. Raises Locked, DiskFull, StoreCorrupt, Unsupported (made by a newer version)."""
+        self.path = path
+        self._closed = False
+        if not read_only:
+            _clear_unborn(path)
+        self._cache = Cache(BLOCK_CACHE_BYTES)
+        families = {
+            "default": state_options(_META_MEMTABLE_BYTES, self._cache),
+            "state": state_options(_STATE_MEMTABLE_BYTES, self._cache),
+            "undo": state_options(_UNDO_MEMTABLE_BYTES, self._cache),
+            "meta": state_options(_META_MEMTABLE_BYTES, self._cache),
+        }
+        access = AccessType.read_only(False) if read_only else AccessType.read_write()
+        with _named_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            self._db = Rdict(str(path), families["default"], column_families=families, access_type=access)
+            self._state = self._db.get_column_family("state")
+            self._undo = self._db.get_column_family("undo")
+            self._meta = self._db.get_column_family("meta")
+            self._handles = {name: self._db.get_column_family_handle(name) for name in _FAMILIES}
+        try:
+            self._check_format(read_only=read_only)
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_format(self, *, read_only: bool) -> None:
+        held = self.get_meta(FORMAT_KEY)
+        if held is None and not read_only:
+            self.write(Batch(meta={FORMAT_KEY: str(FORMAT_VERSION).encode()}))
+        elif held is not None and int(held) > FORMAT_VERSION:
+            raise Unsupported(
+                f"the data directory has format {int(held)}, this build reads up to {FORMAT_VERSION}",
+                where=str(self.path),
+                way_out="upgrade stateferry",
+            )
+
+    def get(self, storage_keys: list[bytes]) -> list[bytes | None]:
+        with _named_errors(self.path):
+            stored: list[bytes | None] = self._state.get(storage_keys)
+        return stored
+
+    def get_undo(self, key: bytes) -> bytes | None:
+        with _named_errors(self.path):
+            value: bytes | None = self._undo.get(key)
+        return value
+
+    def get_meta(self, key: bytes) -> bytes | None:
+        with _named_errors(self.path):
+            value: bytes | None = self._meta.get(key)
+        return value
+
+    def write(self, batch: Batch) -> None:
+        write = WriteBatch(raw_mode=True)
+        families = (("state", batch.state), ("undo", batch.undo), ("meta", batch.meta))
+        for name, changes in families:
+            write.set_default_column_family(self._handles[name])
+            put, delete = write.put, write.delete
+            for key, value in changes.items():
+                if value is None:
+                    delete(key)
+                else:
+                    put(key, value)
+        with _named_errors(self.path):
+            self._db.write(write)
+
+    def scan(self, start: bytes = b"", stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        snapshot = self._state.snapshot()
+        options = ReadOptions()
+        options.fill_cache(False)  # an audit must not push the working set out of the cache
+        options.set_readahead_size(2 << 20)
+        if stop is not None:
+            options.set_iterate_upper_bound(stop)
+        iterator = snapshot.iter(options)
+        iterator.seek(start)
+        return self._walk(iterator, snapshot)
+
+    def _walk(self, iterator: object, snapshot: object) -> Iterator[tuple[bytes, bytes]]:
+        while iterator.valid():  # type: ignore[attr-defined]
+            yield iterator.key(), iterator.value()  # type: ignore[attr-defined]
+            iterator.next()  # type: ignore[attr-defined]
+        with _named_errors(self.path):
+            iterator.status()  # type: ignore[attr-defined]
+        del snapshot
+
+    def checkpoint(self, path: Path) -> None:
+        with _named_errors(self.path):
+            Checkpoint(self._db).create_checkpoint(str(path))
+
+    def ingest(self, files: list[Path]) -> None:
+        """Take sorted, non-overlapping SST files as state, by moving them in. Raises DiskFull, StoreCorrupt."""
+        options = IngestExternalFileOptions()
+        options.set_move_files(True)
+        with _named_errors(self.path):
+            self._state.ingest_external_file([str(file) for file in files], options)
+
+    def flush(self) -> None:
+        with _named_errors(self.path):
+            self._db.flush_wal(True)
+
+    def close(self) -> None:
+        """Idempotent. Nothing may be read or written afterwards."""
+        if not self._closed:
+            self._closed = True
+            for handle in (self._state, self._undo, self._meta) if hasattr(self, "_meta") else ():
+                handle.close()
+            if hasattr(self, "_db"):
+                self._db.close()
+
+
+def _clear_unborn(path: Path) -> None:
+    """A crash before RocksDB wrote CURRENT leaves a directory that cannot be opened and holds nothing: start afresh."""
+    if path.is_dir() and any(path.iterdir()) and not (path / "CURRENT").exists():
+        if any(path.glob("*.sst")):
+            raise StoreCorrupt("the store has data files but no CURRENT file", where=str(path))
+        shutil.rmtree(path)
