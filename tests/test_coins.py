@@ -205,7 +205,7 @@ def test_coins_match_core(value: str, coin: Coin) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["", "00", "0000", "000007", "00008a95c0bb0000", "fefefefe7f0006", "00fefefefefe7f06"]
+    "value", ["", "00", "0000", "000007", "00008a95c0bb0000", "fefefefe7f0006", "00a0c8adb1d183ff0106"]
 )
 def test_malformed_coins_are_refused(value: str) -> None:
     """Cut short, a script of three billion bytes, a height or an amount out of bounds."""
