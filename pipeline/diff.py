@@ -22,6 +22,7 @@ BODY_BYTES_MAX = 256 << 20
 Vectors = Mapping[int, bytes]
 """LtHash vectors by table id."""
 
+EMPTY_COUNTS: dict[int, int] = dict.fromkeys(SCHEMAS, 0)
 EMPTY_VECTORS: Vectors = dict.fromkeys(SCHEMAS, lthash.ZERO)
 
 
@@ -41,6 +42,13 @@ class Diff:
     def encode(self) -> WholeBody:
         """The diff's columns in whole form, with the digest of each table's."""
         return WholeBody.of({table_id: encode_whole(self.tables[table_id]) for table_id in sorted(self.tables)})
+
+    def count(self, counts: Mapping[int, int]) -> dict[int, int]:
+        """How many keys each table has after this diff, from how many before."""
+        after = dict(counts)
+        for table_id, table in self.tables.items():
+            after[table_id] += len(table.created_keys) - len(table.deleted_keys)
+        return after
 
     def advance(self, vectors: Vectors) -> dict[int, bytes]:
         """The vectors after this diff, from those before it: what a replica computes for itself."""

@@ -21,7 +21,7 @@ from pipeline import frame
 from pipeline.block import CHAIN_ID_BYTES_MAX, BlockRef
 from pipeline.codec import Codec
 from pipeline.commitment import lthash
-from pipeline.diff import EMPTY_VECTORS
+from pipeline.diff import EMPTY_COUNTS, EMPTY_VECTORS
 from pipeline.errors import FrameCorrupt, SettingsConflict, Unsupported
 from pipeline.frame import Header, Kind
 from pipeline.position import BEFORE_FIRST_HEIGHT, NO_WRITER, Meta, Tip
@@ -46,6 +46,7 @@ class Generation:
     previous: bytes = NO_WRITER  # the generation it follows; zeroes for the first
     base: BlockRef | None = None
     base_vectors: Mapping[int, bytes] | None = None  # None: the empty state
+    base_counts: Mapping[int, int] | None = None  # keys by table id; None: the empty state
     base_manifest: str = ""  # name of the manifest in the object store; empty: there is none
 
     @property
@@ -58,7 +59,9 @@ class Generation:
 
     @property
     def tip(self) -> Tip:
-        return Tip(ref=self.base, vectors=self.base_vectors or EMPTY_VECTORS, seq=0)
+        return Tip(
+            ref=self.base, vectors=self.base_vectors or EMPTY_VECTORS, seq=0, counts=self.base_counts or EMPTY_COUNTS
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +195,7 @@ def _fields(generation: Generation) -> dict[str, Any]:
         "height": BEFORE_FIRST_HEIGHT if base is None else base.height,
         "hash": b"" if base is None else base.block_hash,
         "vectors": [] if vectors is None else [[table_id, vectors[table_id]] for table_id in sorted(vectors)],
+        "counts": sorted((generation.base_counts or {}).items()),
         "manifest": generation.base_manifest,
     }
 
@@ -214,6 +218,7 @@ def _generation(fields: Any) -> Generation:
             previous=fields["previous"],
             base=BlockRef(height, block_hash) if block_hash else None,
             base_vectors=vectors or None,
+            base_counts={int(table_id): int(count) for table_id, count in fields["counts"]} or None,
             base_manifest=fields["manifest"],
         )
         sizes = (len(result.generation), len(result.previous), len(block_hash) in (0, 32))

@@ -8,14 +8,14 @@ vectors, root); coming back from a lost log takes all of it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgpack
 
 from pipeline.block import BlockRef
 from pipeline.commitment import lthash
-from pipeline.diff import EMPTY_VECTORS
+from pipeline.diff import EMPTY_COUNTS, EMPTY_VECTORS
 from pipeline.errors import StoreCorrupt
 from pipeline.frame import NO_HASH, Header, Kind
 
@@ -37,11 +37,13 @@ START = LogMark(next_offset=0, last_digest=b"")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tip:
-    """The block whose state this is, the vectors of that state, and the seq of the frame that put it on top."""
+    """The block whose state this is, the vectors of that state, how many keys it has, and the seq of the frame that
+    put it on top."""
 
     ref: BlockRef | None  # None: before the first block
     vectors: Mapping[int, bytes]
     seq: int  # 0: the base state
+    counts: Mapping[int, int] = field(default_factory=EMPTY_COUNTS.copy)  # keys by table id
 
     @property
     def height(self) -> int:
@@ -133,6 +135,7 @@ def encode_meta(meta: Meta) -> bytes:
         "height": meta.tip.height,
         "hash": b"" if ref is None else ref.block_hash,
         "vectors": sorted((table_id, vector) for table_id, vector in meta.tip.vectors.items()),
+        "counts": sorted(meta.tip.counts.items()),
         "tip_seq": meta.tip.seq,
         "walk": meta.walk,
         "base_height": meta.base_height,
@@ -166,7 +169,10 @@ def decode_meta(data: bytes) -> Meta:
         return Meta(
             chain_id=fields.pop("chain"),
             tip=Tip(
-                ref=BlockRef(height, block_hash) if block_hash else None, vectors=vectors, seq=fields.pop("tip_seq")
+                ref=BlockRef(height, block_hash) if block_hash else None,
+                vectors=vectors,
+                seq=fields.pop("tip_seq"),
+                counts=dict(fields.pop("counts")),
             ),
             blocks=LogMark(next_offset=blocks[0], last_digest=blocks[1]),
             diffs=LogMark(next_offset=diffs[0], last_digest=diffs[1]),

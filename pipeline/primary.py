@@ -118,7 +118,12 @@ class Primary:
     def _apply(self, block: Block, number: int, done: LogMark) -> Proposal:
         before = self.ahead.tip
         applied = apply_block(block, self.replica.layers.read)
-        after = Tip(ref=block.ref, vectors=applied.diff.advance(before.vectors), seq=self.ahead.seq + 1)
+        after = Tip(
+            ref=block.ref,
+            vectors=applied.diff.advance(before.vectors),
+            seq=self.ahead.seq + 1,
+            counts=applied.diff.count(before.counts),
+        )
         body = applied.diff.encode()
         header = replace(
             self._header(Kind.APPLY, number, done, after),

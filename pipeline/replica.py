@@ -209,7 +209,12 @@ class Replica:
             diff, effect = apply_references(decode_reference_body(decoded.body), self.layers.read)
         if header.op_count != diff.op_count:
             raise FrameCorrupt(f"frame {header.seq} announces {header.op_count} changes and has {diff.op_count}")
-        after = Tip(ref=header.ref, vectors=diff.advance(before.vectors), seq=header.seq)
+        after = Tip(
+            ref=header.ref,
+            vectors=diff.advance(before.vectors),
+            seq=header.seq,
+            counts=diff.count(before.counts),
+        )
         body = diff.encode()
         check_result(header, after, frame.frame_id(header, body.digests))
         whole = frame.encode(as_whole(header), join_tables(body.columns))
