@@ -1,0 +1,173 @@
+"""The object store as a directory: an object is a file, its name the path below the root.
+
+A file becomes an object by a hard link: the bytes are written to a temporary file in the same folder and
+synced, the link gives them their name (and fails if the name is taken), the folder is synced, the temporary
+name goes. A crash in between leaves at most a file whose name begins with a dot, which no listing shows and
+which may be removed.
+
+The root may lie on a disk that several machines mount, as long as its links are atomic (NFS is, FAT is not).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pipeline.errors import DiskFull
+from pipeline.objects.base import (
+    ObjectInfo,
+    already_there,
+    check_name,
+    check_range,
+    folder_of,
+    in_the_way,
+    not_found,
+)
+
+_TEMPORARY_PREFIX = ".new-"
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+class LocalObjects:
+    """Keeps the promises of `ObjectStore` in a directory, which is made when the first object is put."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.absolute()
+
+    def get(self, name: str) -> bytes:
+        with self._reading(name) as path:
+            return path.read_bytes()
+
+    def get_range(self, name: str, start: int, stop: int) -> bytes:
+        check_range(start, stop)
+        with self._reading(name) as path, path.open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+    def size(self, name: str) -> int:
+        with self._reading(name) as path:
+            if path.is_dir():
+                raise not_found(name, self._root)
+            return path.stat().st_size
+
+    def put_new(self, name: str, data: bytes) -> None:
+        self._put_new(name, lambda temporary: temporary.write_bytes(data))
+
+    def put_file_new(self, name: str, path: Path) -> None:
+        self._put_new(name, lambda temporary: shutil.copyfile(path, temporary))
+
+    def fetch_to(self, name: str, path: Path) -> None:
+        with self._reading(name) as source, _temporary_in(path.parent) as temporary:
+            shutil.copyfile(source, temporary)
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        top = self._root / folder_of(prefix)
+        found: list[ObjectInfo] = []
+        with _disk_errors(top):
+            for parent, folders, files in os.walk(top, onerror=_raise_unless_gone):
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                for file in files:
+                    path = Path(parent, file)
+                    name = path.relative_to(self._root).as_posix()
+                    if not file.startswith(".") and name.startswith(prefix):
+                        with suppress(FileNotFoundError):  # deleted since the folder was read
+                            found.append(ObjectInfo(name, path.stat().st_size))
+        return iter(sorted(found))
+
+    def delete(self, name: str) -> None:
+        path = self._path(name)
+        with _disk_errors(path), suppress(*_NOT_THERE):
+            if not path.is_dir():
+                path.unlink()
+                _sync(path.parent)
+
+    def _path(self, name: str) -> Path:
+        return self._root / check_name(name)
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[Path]:
+        path = self._path(name)
+        try:
+            with _disk_errors(path):
+                yield path
+        except _NOT_THERE as error:
+            if error.filename is None or Path(os.fsdecode(error.filename)) == path:
+                raise not_found(name, self._root) from None
+            raise
+
+    def _put_new(self, name: str, write: Callable[[Path], object]) -> None:
+        path = self._path(name)
+        with _disk_errors(path):
+            try:
+                _make_folder(path.parent)
+            except (FileExistsError, NotADirectoryError):
+                raise in_the_way(name, self._root) from None
+            with _temporary_in(path.parent) as temporary:
+                write(temporary)
+                _sync(temporary)
+                try:
+                    os.link(temporary, path)
+                except FileExistsError:
+                    if path.is_dir():
+                        raise in_the_way(name, self._root) from None
+                    raise already_there(name, self._root) from None
+                _sync(path.parent)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each durable: a synced file in a folder that is lost is lost."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    with suppress(FileExistsError):
+        folder.mkdir()
+        _sync(folder.parent)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+
+
+@contextmanager
+def _temporary_in(folder: Path) -> Iterator[Path]:
+    """A path nobody else uses; whatever stands there at the end goes. Made with the user's own file mode."""
+    temporary = folder / f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """A failed sync is an error for good: a second one would succeed without having written anything."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise DiskFull(
+                f"the object store cannot be used: {error.strerror}",
+                where=str(path),
+                way_out="free space, or give this user permission, and try again",
+            ) from error
+        raise
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, _NOT_THERE):
+        raise error
