@@ -109,9 +109,7 @@ def test_malformed_varints_are_refused(data: str) -> None:
         coins.decode_varint(bytes.fromhex(data), 0)
 
 
-@pytest.mark.parametrize(
-    ("script", "compressed"), [row[1:] for row in SCRIPTS], ids=[row[0] for row in SCRIPTS]
-)
+@pytest.mark.parametrize(("script", "compressed"), [row[1:] for row in SCRIPTS], ids=[row[0] for row in SCRIPTS])
 def test_scripts_compress_and_come_back(script: bytes, compressed: bytes) -> None:
     """Each form has its one compressed form."""
     assert coins.compress_script(script) == compressed
@@ -223,10 +221,7 @@ def test_element_is_core_s_txout_serialization() -> None:
     amount = b"\x05" + bytes(7)
 
     assert coins.element(key, coins.encode(short)) == head + b"\x0f\x00\x00\x00" + amount + b"\x01\x51"
-    assert (
-        coins.element(key, coins.encode(long))
-        == head + b"\x0e\x00\x00\x00" + amount + b"\xfd\x2c\x01" + long.script
-    )
+    assert coins.element(key, coins.encode(long)) == head + b"\x0e\x00\x00\x00" + amount + b"\xfd\x2c\x01" + long.script
 
 
 @pytest.mark.parametrize(

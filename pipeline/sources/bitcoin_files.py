@@ -119,16 +119,12 @@ def _read_frames(path: Path, stream: ByteStream, corrupt: Callable[..., Exceptio
         if len(frame) < _FRAME_BYTES:
             raise corrupt("it is cut short in the length of a block", offset)
         if not _BLOCK_BYTES_MIN <= length <= BLOCK_BYTES_MAX:
-            raise corrupt(
-                f"a block of {length} bytes, not within {_BLOCK_BYTES_MIN}..{BLOCK_BYTES_MAX}", offset
-            )
+            raise corrupt(f"a block of {length} bytes, not within {_BLOCK_BYTES_MIN}..{BLOCK_BYTES_MAX}", offset)
         stream.take(_FRAME_BYTES)
         data = stream.take(length)
         if len(data) < length:
             raise corrupt(f"it is cut short: {len(data)} of the {length} bytes of a block", offset)
-        yield RawBlock(
-            path=path, offset=offset + _FRAME_BYTES, line=0, network=NETWORK_MAGICS[magic], data=data
-        )
+        yield RawBlock(path=path, offset=offset + _FRAME_BYTES, line=0, network=NETWORK_MAGICS[magic], data=data)
 
 
 def _read_hex_lines(path: Path, stream: ByteStream, corrupt: Callable[..., Exception]) -> Iterator[RawBlock]:
@@ -140,9 +136,7 @@ def _read_hex_lines(path: Path, stream: ByteStream, corrupt: Callable[..., Excep
         yield RawBlock(path=path, offset=offset, line=line, network="", data=data)
 
 
-def _lines(
-    stream: ByteStream, bytes_max: int, corrupt: Callable[..., Exception]
-) -> Iterator[tuple[int, int, bytes]]:
+def _lines(stream: ByteStream, bytes_max: int, corrupt: Callable[..., Exception]) -> Iterator[tuple[int, int, bytes]]:
     """Number, offset and stripped bytes of all lines that are not blank."""
     line, offset = 0, stream.offset
     while (text := stream.take_line(bytes_max)) is not None:

@@ -94,9 +94,7 @@ class Branch:
         tip = self.tip
         expected = (0, _NO_PARENT) if tip is None else (tip.height + 1, tip.block_hash)
         if (ref.height, parent_hash) != expected or ref.block_hash in self._heights:
-            raise WalkInvalid(
-                f"block {ref} on parent {_shown(parent_hash)} does not go on top of {tip or 'nothing'}"
-            )
+            raise WalkInvalid(f"block {ref} on parent {_shown(parent_hash)} does not go on top of {tip or 'nothing'}")
         self._hashes.append(ref.block_hash)
         self._heights[ref.block_hash] = ref.height
         self._left.discard(ref.block_hash)
@@ -105,9 +103,7 @@ class Branch:
         """``to`` became the tip; what was above it is left. Raises WalkInvalid unless it stands on the
         branch."""
         if self.ref(to.block_hash) != to:
-            raise WalkInvalid(
-                f"a rewind to {to}, which does not stand on the branch of {self.tip or 'nothing'}"
-            )
+            raise WalkInvalid(f"a rewind to {to}, which does not stand on the branch of {self.tip or 'nothing'}")
         keep = to.height - self._first_height + 1
         left = self._hashes[keep:]
         del self._hashes[keep:]
@@ -121,9 +117,7 @@ class Branch:
         return None if self._has_base or not self._hashes else BlockRef(0, self._hashes[0])
 
 
-def plan(
-    branch: Branch, parent_hash: bytes, block_hash: bytes, *, again: bool = False, where: str = ""
-) -> Plan:
+def plan(branch: Branch, parent_hash: bytes, block_hash: bytes, *, again: bool = False, where: str = "") -> Plan:
     """What to publish for the next block. ``again``: walk back onto branches that were left. ``where``
     names the block's place for errors.
 

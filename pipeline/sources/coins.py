@@ -205,6 +205,4 @@ def _recover_y(body: bytes, *, odd: bool) -> bytes:
 
 
 def _corrupt(data: bytes, why: str) -> CoinsCorrupt:
-    return CoinsCorrupt(
-        f"a coin cannot be decoded: {why}", where=f"{len(data)} bytes, first {data[:8].hex()}"
-    )
+    return CoinsCorrupt(f"a coin cannot be decoded: {why}", where=f"{len(data)} bytes, first {data[:8].hex()}")
