@@ -7,14 +7,17 @@ keeps the before-value it had below the block. Nothing is written here: a block 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 from pipeline.block import Block, BlockRef, Op, Ops
-from pipeline.delta import References, TableDiff, resolve, table_diff
+from pipeline.delta import References, TableDiff, resolve
 from pipeline.diff import Diff
 from pipeline.errors import ApplyConflict, BlockInvalid
-from pipeline.state import Change, Reader, Schema, schema_named
+from pipeline.state import Reader, Schema, schema_named
+
+_T = TypeVar("_T")
 
 Writes = dict[bytes, "bytes | None"]
 """What stands in the store afterwards, by storage key; None: nothing."""
@@ -45,110 +48,163 @@ def apply_block(block: Block, read: Reader) -> Applied:
     """One block on the state that ``read`` shows. Raises BlockInvalid, naming table, key and height."""
     tables: dict[int, TableDiff] = {}
     shared: dict[int, frozenset[bytes]] = {}
-    held: dict[bytes, bytes | None] = {}
+    places: dict[int, _Places] = {}
     for name in sorted(block.tables):
         schema = schema_named(name)
         ops = block.tables[name]
-        keys = list(dict.fromkeys(ops.keys))
+        keys = sorted(set(ops.keys))  # RocksDB answers ascending keys twice as fast
         storage_keys = schema.storage_keys(keys)
         stored = read(storage_keys)
-        before = dict(zip(keys, schema.find_all(keys, stored), strict=True))
-        after = _run(schema, ops, before, block.ref)
-        netted = sorted(Change(key, before[key], value) for key, value in after.items() if before[key] != value)
-        if not netted:
+        befores = schema.find_all(keys, stored)
+        afters = _run(schema, ops, dict(zip(keys, befores, strict=True)), block.ref)
+        netted, order = _net(schema, keys, befores, afters)
+        if not order:
             continue
-        diff = table_diff(schema, netted)
-        held.update(zip(storage_keys, stored, strict=True))
-        tables[schema.table_id] = diff
-        shared[schema.table_id] = _shared(schema, diff, held)
+        tables[schema.table_id] = netted
+        places[schema.table_id] = place = _Places(_pick(storage_keys, order), _pick(stored, order))
+        shared[schema.table_id] = _shared(netted, place)
     whole = Diff(tables=tables)
-    return Applied(diff=whole, effect=_effect(whole, held), shared=shared)
+    return Applied(diff=whole, effect=_effect(whole, places), shared=shared)
 
 
 def apply_references(tables: Mapping[int, References], read: Reader) -> tuple[Diff, Effect]:
     """A frame's references on the state that ``read`` shows. Raises ApplyConflict."""
     resolved: dict[int, TableDiff] = {}
-    held: dict[bytes, bytes | None] = {}
+    places: dict[int, _Places] = {}
     for table_id, references in tables.items():
         storage_keys = references.storage_keys()
-        stored = read(storage_keys)
+        stored, held = _read_sorted(storage_keys, read)
         diff = resolve(references, stored)
         created = stored[: len(diff.created_keys)]
         for key, value in zip(diff.created_keys, created, strict=True):
             if value is not None and diff.schema.find(key, value) is not None:
                 raise _conflict(diff.schema, key, "exists before it is created")
         resolved[table_id] = diff
-        held.update(zip(storage_keys, stored, strict=True))
+        if references.has_exceptions:  # they were sorted in among the others
+            storage_keys = diff.schema.storage_keys(_keys_of(diff))
+            stored = [held[at] for at in storage_keys]
+        places[table_id] = _Places(storage_keys, stored)
     whole = Diff(tables=resolved)
-    return whole, _effect(whole, held)
+    return whole, _effect(whole, places)
 
 
 def apply_whole(diff: Diff, read: Reader) -> Effect:
     """A diff in whole form (an undo, an archived frame) on the state that ``read`` shows. Raises ApplyConflict unless
     every before-value is what the state holds."""
-    held: dict[bytes, bytes | None] = {}
-    for table in diff.tables.values():
+    places: dict[int, _Places] = {}
+    for table_id, table in diff.tables.items():
         schema = table.schema
-        keys = [*table.created_keys, *table.updated_keys, *table.deleted_keys]
+        keys = _keys_of(table)
         befores = [*[None] * len(table.created_keys), *table.updated_befores, *table.deleted_befores]
         storage_keys = schema.storage_keys(keys)
-        stored = read(storage_keys)
+        stored, _ = _read_sorted(storage_keys, read)
         values = schema.find_all(keys, stored)
         if values != befores:
             key = next(key for key, one, other in zip(keys, values, befores, strict=True) if one != other)
             raise _conflict(schema, key, "does not hold the value that the change starts from")
-        held.update(zip(storage_keys, stored, strict=True))
-    return _effect(diff, held)
+        places[table_id] = _Places(storage_keys, stored)
+    return _effect(diff, places)
 
 
-def _effect(diff: Diff, held: Held) -> Effect:
+class _Places(NamedTuple):
+    """Where a table's changes stand, created, then updated, then deleted: storage keys, and what is there before."""
+
+    storage_keys: list[bytes]
+    held: list[bytes | None]
+
+
+def _keys_of(table: TableDiff) -> list[bytes]:
+    return [*table.created_keys, *table.updated_keys, *table.deleted_keys]
+
+
+def _pick(column: Sequence[_T], order: Sequence[int]) -> list[_T]:
+    return list(map(column.__getitem__, order))
+
+
+def _read_sorted(storage_keys: list[bytes], read: Reader) -> tuple[list[bytes | None], Held]:
+    """What stands under keys, in their order and by key; read in ascending order."""
+    ascending = sorted(storage_keys)
+    held = dict(zip(ascending, read(ascending), strict=True))
+    return list(map(held.__getitem__, storage_keys)), held
+
+
+def _net(
+    schema: Schema, keys: Sequence[bytes], befores: Sequence[bytes | None], afters: Sequence[bytes | None]
+) -> tuple[TableDiff, list[int]]:
+    """What differs in the end, and where it stood in ``keys``: created, then updated, then deleted."""
+    created: list[int] = []
+    updated: list[int] = []
+    deleted: list[int] = []
+    for at, (before, after) in enumerate(zip(befores, afters, strict=True)):
+        if before is None:
+            if after is not None:
+                created.append(at)
+        elif after is None:
+            deleted.append(at)
+        elif before != after:
+            updated.append(at)
+    diff = TableDiff(
+        schema=schema,
+        created_keys=_pick(keys, created),
+        created_values=[value for value in _pick(afters, created) if value is not None],
+        updated_keys=_pick(keys, updated),
+        updated_befores=[value for value in _pick(befores, updated) if value is not None],
+        updated_afters=[value for value in _pick(afters, updated) if value is not None],
+        deleted_keys=_pick(keys, deleted),
+        deleted_befores=[value for value in _pick(befores, deleted) if value is not None],
+    )
+    return diff, created + updated + deleted
+
+
+def _effect(diff: Diff, places: Mapping[int, _Places]) -> Effect:
     writes: Writes = {}
-    fresh: list[bytes] = []
-    for table in diff.tables.values():
-        created = table.schema.storage_keys(table.created_keys)
-        writes |= _stored_writes(table, created, held)
-        fresh += [key for key in created if held[key] is None]
+    fresh: set[bytes] = set()
+    for table_id, table in diff.tables.items():
+        place = places[table_id]
+        writes |= _stored_writes(table, place)
+        count = len(table.created_keys)
+        fresh.update(at for at, held in zip(place.storage_keys[:count], place.held, strict=False) if held is None)
     return Effect(writes=writes, fresh=frozenset(fresh))
 
 
-def _stored_writes(diff: TableDiff, created: list[bytes], held: Held) -> Writes:
-    """What one table's diff makes of the stored bytes. ``created``: storage keys of the created keys."""
+def _stored_writes(diff: TableDiff, place: _Places) -> Writes:
+    """What one table's diff makes of the stored bytes."""
     schema = diff.schema
-    deleted = schema.storage_keys(diff.deleted_keys)
+    count = len(diff.created_keys)
+    created, others = place.storage_keys[:count], place.storage_keys[count:]
+    writes: Writes
     if not schema.is_short:
-        updated = schema.storage_keys(diff.updated_keys)
-        writes: Writes = dict(zip(created, diff.created_values, strict=True))
-        writes.update(zip(updated, diff.updated_afters, strict=True))
-        writes.update(dict.fromkeys(deleted))
+        writes = dict(zip(created, diff.created_values, strict=True))
+        writes.update(zip(others, diff.updated_afters, strict=False))
+        writes.update(dict.fromkeys(others[len(diff.updated_keys) :]))
         return writes
     start, stop = schema.short_at, schema.route_bytes
     writes = {
         at: b"\x01" + key[start:stop] + value
         for at, key, value in zip(created, diff.created_keys, diff.created_values, strict=True)
     }
-    writes.update(dict.fromkeys(deleted))
-    plain = (
+    writes.update(dict.fromkeys(others))
+    is_plain = (
         not diff.updated_keys
-        and len(writes) == len(created) + len(deleted)
-        and not any(map(held.get, created))
-        and all(value is not None and value[0] == 1 for value in map(held.get, deleted))
+        and len(writes) == len(place.storage_keys)
+        and place.held[:count].count(None) == count
+        and not _are_shared(place.held[count:])
     )
-    return writes if plain else _shared_writes(diff, held)
+    return writes if is_plain else _shared_writes(diff, place)
 
 
-def _shared_writes(diff: TableDiff, held: Held) -> Writes:
+def _shared_writes(diff: TableDiff, place: _Places) -> Writes:
     """The general way, key by key: updates, and keys that meet under one short key."""
-    schema = diff.schema
+    held = dict(zip(place.storage_keys, place.held, strict=True))
     writes: Writes = {}
     for key, _, after in diff.changes():
-        (at,) = schema.storage_keys([key])
-        writes[at] = schema.with_value(key, writes[at] if at in writes else held.get(at), after)
+        (at,) = diff.schema.storage_keys([key])
+        writes[at] = diff.schema.with_value(key, writes[at] if at in writes else held.get(at), after)
     return writes
 
 
-def _run(schema: Schema, ops: Ops, before: Mapping[bytes, bytes | None], ref: BlockRef) -> dict[bytes, bytes | None]:
-    """The ops in their order over the values before; what each key holds after."""
-    after = dict(before)
+def _run(schema: Schema, ops: Ops, after: dict[bytes, bytes | None], ref: BlockRef) -> list[bytes | None]:
+    """The ops in their order over ``after``, which holds every key's value before; each key's value in the end."""
     values = iter(ops.values)
     create, delete = Op.CREATE.value, Op.DELETE.value
     for code, key in zip(ops.codes, ops.keys, strict=True):
@@ -160,18 +216,20 @@ def _run(schema: Schema, ops: Ops, before: Mapping[bytes, bytes | None], ref: Bl
             if code == create and after[key] is not None:
                 raise _invalid(schema, key, ref, "is created, but exists already")
             after[key] = next(values)
-    return after
+    return list(after.values())
 
 
-def _shared(schema: Schema, diff: TableDiff, held: Held) -> frozenset[bytes]:
-    if not schema.is_short:
+def _are_shared(held: Iterable[bytes | None]) -> bool:
+    return any(value is not None and value[0] != 1 for value in held)
+
+
+def _shared(diff: TableDiff, place: _Places) -> frozenset[bytes]:
+    """Keys that exist and share their short key with others, before the block."""
+    count = len(diff.created_keys)
+    if not diff.schema.is_short or not _are_shared(place.held[count:]):
         return frozenset()
-    existing = [*diff.updated_keys, *diff.deleted_keys]
-    return frozenset(
-        key
-        for key, value in zip(existing, map(held.get, schema.storage_keys(existing)), strict=True)
-        if value is not None and value[0] != 1
-    )
+    existing = zip([*diff.updated_keys, *diff.deleted_keys], place.held[count:], strict=True)
+    return frozenset(key for key, value in existing if value is not None and value[0] != 1)
 
 
 def describe_key(schema: Schema, key: bytes) -> str:

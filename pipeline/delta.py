@@ -132,6 +132,14 @@ class References:
     deleted_short: Sequence[bytes]
     deleted_whole: Sequence[bytes]  # exceptions
 
+    @property
+    def has_exceptions(self) -> bool:
+        return bool(self.updated_whole or self.deleted_whole)
+
+    def __len__(self) -> int:
+        updated, deleted = (self.updated_short, self.updated_whole), (self.deleted_short, self.deleted_whole)
+        return len(self.created_keys) + sum(map(len, updated + deleted))
+
     def storage_keys(self) -> list[bytes]:
         """All storage keys to read, in the order that `resolve` expects."""
         schema = self.schema
@@ -207,7 +215,8 @@ def _references_column(
     if shared:
         whole = [key for key in keys if key in shared]
         keys = [key for key in keys if key not in shared]
-    short = [key[:start] + key[stop:] for key in keys]
+    # Two routes may agree in what a short key keeps: then short keys do not ascend as whole keys do.
+    short = sorted([key[:start] + key[stop:] for key in keys])
     return (
         np.uint32(len(whole)).tobytes(),
         *_grouped_column(short, schema.short_key_bytes, schema.short_at),
@@ -414,6 +423,7 @@ def _resolve(
             if held is None or held[0] != 1:
                 raise ApplyConflict(f"a reference of table {schema.name}, {key.hex()}, names no single key")
             found.append((key[:split] + held[1:end] + key[split:], held[end:]))
+        found.sort()
     else:
         for key, held in zip(short, stored[at : at + len(short)], strict=True):
             if held is None:

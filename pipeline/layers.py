@@ -7,8 +7,7 @@ force drops all dirty layers at once; the store never saw them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import chain
+from collections.abc import Mapping
 
 from pipeline.stores.base import Store
 
@@ -27,34 +26,30 @@ class Layers:
         self._store = store
         self._layers: dict[int, Mapping[bytes, bytes | None]] = {}
         self._sizes: dict[int, int] = {}
-        self._merged: dict[bytes, tuple[int, bytes | None]] = {}
+        self._merged: dict[bytes, bytes | None] = {}
         self.dirty_bytes = 0
 
     def read(self, storage_keys: list[bytes]) -> list[bytes | None]:
         """One multi-get, through all layers."""
-        if not self._merged:
+        merged = self._merged
+        if merged.keys().isdisjoint(storage_keys):
             return self._store.get(storage_keys)
-        found = list(map(self._merged.get, storage_keys))
-        missing = [key for key, entry in zip(storage_keys, found, strict=True) if entry is None]
-        below = iter(self._store.get(missing) if missing else ())
-        return [next(below) if entry is None else entry[1] for entry in found]
+        below = iter(self._store.get([key for key in storage_keys if key not in merged]))
+        return [merged[key] if key in merged else next(below) for key in storage_keys]
 
     def push(self, number: int, writes: Mapping[bytes, bytes | None]) -> None:
         """A new top layer. ``number`` is above every number pushed and not settled."""
         assert number > self.checkpoint(), (number, self.checkpoint())
-        size = sum(map(len, writes)) + sum(len(value) for value in writes.values() if value)
+        size = sum(map(len, writes)) + sum(map(len, filter(None, writes.values())))
         self._sizes[number] = size + _ENTRY_OVERHEAD_BYTES * len(writes)
         self.dirty_bytes += self._sizes[number]
         self._layers[number] = writes
-        self._merged.update((key, (number, value)) for key, value in writes.items())
+        self._merged.update(writes)
 
     def settle(self, number: int) -> None:
         """The lowest layer is in the store now: it may go."""
         assert number == next(iter(self._layers)), (number, list(self._layers))
-        merged = self._merged
-        for key in self._drop(number):
-            if merged[key][0] == number:
-                del merged[key]
+        self._refresh(self._drop(number))
 
     def checkpoint(self) -> int:
         """The number of the top layer: what `revert` comes back to. 0 without layers."""
@@ -62,13 +57,23 @@ class Layers:
 
     def revert(self, checkpoint: int) -> None:
         """Take off every layer above ``checkpoint``: keys written below it show those values again."""
-        above = [number for number in self._layers if number > checkpoint]
-        touched = set(chain.from_iterable(self._drop(number) for number in above))
-        for key in touched:
-            del self._merged[key]
-        for number, writes in self._layers.items():
-            self._merged.update((key, (number, writes[key])) for key in touched & writes.keys())
+        for number in [number for number in self._layers if number > checkpoint]:
+            self._refresh(self._drop(number))
 
-    def _drop(self, number: int) -> Iterator[bytes]:
+    def _drop(self, number: int) -> Mapping[bytes, bytes | None]:
         self.dirty_bytes -= self._sizes.pop(number)
-        return iter(self._layers.pop(number))
+        return self._layers.pop(number)
+
+    def _refresh(self, dropped: Mapping[bytes, bytes | None]) -> None:
+        """Show a dropped layer's keys as the highest layer left has them."""
+        merged = self._merged
+        if not self._layers:
+            merged.clear()
+            return
+        gone = set(dropped)
+        for writes in reversed(self._layers.values()):
+            found = gone & writes.keys()
+            merged.update((key, writes[key]) for key in found)
+            gone -= found
+        for key in gone:
+            del merged[key]

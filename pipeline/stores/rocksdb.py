@@ -13,7 +13,7 @@ compression (values are hashes), dynamic levels.
 
 from __future__ import annotations
 
-import shutil
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,13 +32,17 @@ from rocksdict import (
     WriteBatch,
 )
 
-from pipeline.errors import DiskFull, Locked, StateferryError, StoreCorrupt, Unsupported
+from pipeline.errors import DiskFull, Locked, NotEmpty, StateferryError, StoreCorrupt, Unsupported
 from pipeline.stores.base import FORMAT_KEY, FORMAT_VERSION, Batch
 
 BLOCK_CACHE_BYTES = 64 << 20
 _STATE_MEMTABLE_BYTES = 32 << 20
 _UNDO_MEMTABLE_BYTES = 16 << 20
 _META_MEMTABLE_BYTES = 2 << 20
+_UNBORN = re.compile(
+    r"LOCK|LOG.*|IDENTITY|rocksdict-config\.json|(MANIFEST|OPTIONS)-\d+|\d+\.(log|dbtmp)|OPTIONS-\d+\.dbtmp"
+)
+"""What RocksDB may have written before its first CURRENT."""
 _FAMILIES = ("state", "undo", "meta")
 
 
@@ -160,7 +164,8 @@ class RocksStore:
         for name, changes in families:
             write.set_default_column_family(self._handles[name])
             put, delete = write.put, write.delete
-            for key, value in changes.items():
+            for key in sorted(changes):  # a memtable takes ascending keys faster
+                value = changes[key]
                 if value is None:
                     delete(key)
                 else:
@@ -214,7 +219,16 @@ class RocksStore:
 
 def _clear_unborn(path: Path) -> None:
     """A crash before RocksDB wrote CURRENT leaves a directory that cannot be opened and holds nothing: start afresh."""
-    if path.is_dir() and any(path.iterdir()) and not (path / "CURRENT").exists():
-        if any(path.glob("*.sst")):
-            raise StoreCorrupt("the store has data files but no CURRENT file", where=str(path))
-        shutil.rmtree(path)
+    if not path.is_dir() or (path / "CURRENT").exists():
+        return
+    names = [entry.name for entry in path.iterdir()]
+    if any(name.endswith(".sst") for name in names):
+        raise StoreCorrupt("the store has data files but no CURRENT file", where=str(path))
+    if strange := sorted(name for name in names if not _UNBORN.fullmatch(name)):
+        raise NotEmpty(
+            f"the directory holds {strange[0]!r}, which is no part of a store",
+            where=str(path),
+            way_out="name an empty directory, or a store's",
+        )
+    for name in names:
+        (path / name).unlink()
