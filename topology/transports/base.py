@@ -90,9 +90,7 @@ class Broker(Protocol):
         ``NotFound`` for an unknown topic or partition.
         """
 
-    async def append(
-        self, topic: str, partition: int, records: Sequence[tuple[bytes | None, bytes]]
-    ) -> list[int]:
+    async def append(self, topic: str, partition: int, records: Sequence[tuple[bytes | None, bytes]]) -> list[int]:
         """Append ``(key, value)`` pairs in order and return their offsets once they are durable.
 
         Raises ``NotFound`` for an unknown topic or partition and ``UsageError`` for a record larger than

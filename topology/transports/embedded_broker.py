@@ -36,13 +36,9 @@ class EmbeddedBroker:
 
     async def read(self, topic: str, partition: int, offset: int, *, bytes_max: int) -> list[Record]:
         """See ``Broker.read``."""
-        return await self._off_loop(
-            lambda: self._open_log().read(topic, partition, offset, bytes_max=bytes_max)
-        )
+        return await self._off_loop(lambda: self._open_log().read(topic, partition, offset, bytes_max=bytes_max))
 
-    async def append(
-        self, topic: str, partition: int, records: Sequence[tuple[bytes | None, bytes]]
-    ) -> list[int]:
+    async def append(self, topic: str, partition: int, records: Sequence[tuple[bytes | None, bytes]]) -> list[int]:
         """See ``Broker.append``."""
         return await asyncio.wrap_future(self._open_log().submit(topic, partition, records))
 

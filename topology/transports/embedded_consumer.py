@@ -102,6 +102,10 @@ class LogConsumer(GroupConsumer):
                 self._positions[tp] = record.offset + 1
                 self.app.monitor.track_tp_end_offset(tp, self._ends[tp])
                 yield tp, self._to_message(tp, record)
+                # Faust has noted the record's offset as read and drops what lies below; a seek made meanwhile wins.
+                position = self._positions.get(tp)
+                if position is not None and position != record.offset + 1:
+                    self._read_offset[tp] = position
 
     async def _getmany(self, active_partitions: set[TP] | None, timeout: float) -> dict[TP, list[Record]]:  # noqa: ASYNC109
         deadline_s = self.loop.time() + timeout

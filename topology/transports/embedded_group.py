@@ -141,6 +141,8 @@ class GroupConsumer(consumer.Consumer):  # type: ignore[misc]
             if view is not None and view.generation == self._lease.generation and same_topics:
                 return
         await self._rebalance_ended()
+        # What was acked is committed first, so that whoever takes over repeats as little as possible.
+        await self.commit()
         self.app.on_rebalance_start()
         await self.on_partitions_revoked(set(self._assignment))
         self._assignment = frozenset()

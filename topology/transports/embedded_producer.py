@@ -114,11 +114,7 @@ class Producer(producer.Producer):  # type: ignore[misc]
         return False
 
     async def _count(self, topic: str) -> int:
-        return (
-            self._counts[topic]
-            if topic in self._counts
-            else await asyncio.to_thread(self._known_count, topic)
-        )
+        return self._counts[topic] if topic in self._counts else await asyncio.to_thread(self._known_count, topic)
 
     def _known_count(self, topic: str) -> int:
         if topic not in self._counts:
@@ -146,9 +142,7 @@ def _resolve_in_loop(
         else:
             (offset,) = done.result()
             sent.set_result(
-                RecordMetadata(
-                    where.topic, where.partition, where, offset, timestamp_ms / 1000.0, _CREATE_TIME
-                )
+                RecordMetadata(where.topic, where.partition, where, offset, timestamp_ms / 1000.0, _CREATE_TIME)
             )
 
     with suppress(RuntimeError):  # the loop ended without waiting for its sends

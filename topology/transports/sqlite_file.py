@@ -32,9 +32,7 @@ OFFSET_BITS: Final = 40  # a million million records per partition
 
 _APPLICATION_ID: Final = 0x53464C47  # "SFLG"
 _PAGE_BYTES: Final = 8192  # measured: fastest page size for 1 KB records, and within 5% of it for 300 KB ones
-_CHECKPOINT_PAGES: Final = (
-    8192  # 64 MiB of WAL; SQLite's default of 4 MB puts the p99 of an append from 1 to 5 ms
-)
+_CHECKPOINT_PAGES: Final = 8192  # 64 MiB of WAL; SQLite's default of 4 MB puts the p99 of an append from 1 to 5 ms
 _WAL_BYTES_KEPT: Final = 256 * 1024 * 1024
 _BUSY_SLEEP_S: Final = 0.001
 
@@ -109,9 +107,7 @@ def connect(path: Path, *, durable: bool, busy_timeout_s: float) -> sqlite3.Conn
     and ``DiskFull``.
     """
     with errors_named(path):
-        connection = sqlite3.connect(
-            path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False
-        )
+        connection = sqlite3.connect(path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False)
         try:
             connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
             _check_identity(connection, path)

@@ -154,9 +154,7 @@ class Membership:
                 connection.execute("COMMIT")
         if all(session != self._session for *_, session in rows):
             return None
-        assignment = assign(
-            [(instance, frozenset(json.loads(topics))) for instance, topics, _, _ in rows], partitions
-        )
+        assignment = assign([(instance, frozenset(json.loads(topics))) for instance, topics, _, _ in rows], partitions)
         ready = all(synced >= generation for _, _, synced, _ in rows)
         return GroupView(generation, ready, assignment[self._instance])
 
@@ -202,9 +200,7 @@ class Membership:
             yield self._connection
 
     def _next_generation(self) -> None:
-        self._connection.execute(
-            "UPDATE consumer_group SET generation = generation + 1 WHERE name = ?", (self._group,)
-        )
+        self._connection.execute("UPDATE consumer_group SET generation = generation + 1 WHERE name = ?", (self._group,))
 
     def _remove_expired(self) -> None:
         now_ms = self._log.now_ms()

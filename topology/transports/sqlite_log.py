@@ -244,9 +244,7 @@ class SqliteLog:
 
         def run(connection: sqlite3.Connection) -> bool:
             partition_id = self._partition_id(connection, topic, partition)
-            first, end = connection.execute(
-                "SELECT first, end FROM partition WHERE id = ?", (partition_id,)
-            ).fetchone()
+            first, end = connection.execute("SELECT first, end FROM partition WHERE id = ?", (partition_id,)).fetchone()
             if before_offset > end:
                 raise OffsetOutOfRange(
                     f"{topic}[{partition}] ends at {end}; nothing can be deleted up to {before_offset}",
@@ -294,15 +292,12 @@ class SqliteLog:
             # Ids never change, so what was committed once can be remembered.
             partition_id = self._partition_id(self._reader, topic, partition)
             self._partition_ids[topic, partition] = partition_id
-        first, end = self._reader.execute(
-            "SELECT first, end FROM partition WHERE id = ?", (partition_id,)
-        ).fetchone()
+        first, end = self._reader.execute("SELECT first, end FROM partition WHERE id = ?", (partition_id,)).fetchone()
         return partition_id, first, end
 
     def _partition_id(self, connection: sqlite3.Connection, topic: str, partition: int) -> int:
         row = connection.execute(
-            "SELECT p.id FROM partition p JOIN topic t ON t.id = p.topic_id"
-            " WHERE t.name = ? AND p.number = ?",
+            "SELECT p.id FROM partition p JOIN topic t ON t.id = p.topic_id WHERE t.name = ? AND p.number = ?",
             (topic, partition),
         ).fetchone()
         if row is None:
