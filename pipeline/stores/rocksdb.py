@@ -77,7 +77,7 @@ def state_options(memtable_bytes: int = _STATE_MEMTABLE_BYTES, cache: Cache | No
 
 
 @contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def named_errors(path: Path) -> Iterator[None]:
     """rocksdict raises plain Exceptions with RocksDB's status text; here they get their names."""
     try:
         yield
@@ -119,7 +119,7 @@ class RocksStore:
             "meta": state_options(_META_MEMTABLE_BYTES, self._cache),
         }
         access = AccessType.read_only(False) if read_only else AccessType.read_write()
-        with _named_errors(path):
+        with named_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             self._db = Rdict(str(path), families["default"], column_families=families, access_type=access)
             self._state = self._db.get_column_family("state")
@@ -144,17 +144,17 @@ class RocksStore:
             )
 
     def get(self, storage_keys: list[bytes]) -> list[bytes | None]:
-        with _named_errors(self.path):
+        with named_errors(self.path):
             stored: list[bytes | None] = self._state.get(storage_keys)
         return stored
 
     def get_undo(self, key: bytes) -> bytes | None:
-        with _named_errors(self.path):
+        with named_errors(self.path):
             value: bytes | None = self._undo.get(key)
         return value
 
     def get_meta(self, key: bytes) -> bytes | None:
-        with _named_errors(self.path):
+        with named_errors(self.path):
             value: bytes | None = self._meta.get(key)
         return value
 
@@ -170,7 +170,7 @@ class RocksStore:
                     delete(key)
                 else:
                     put(key, value)
-        with _named_errors(self.path):
+        with named_errors(self.path):
             self._db.write(write)
 
     def scan(self, start: bytes = b"", stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
@@ -188,23 +188,23 @@ class RocksStore:
         while iterator.valid():  # type: ignore[attr-defined]
             yield iterator.key(), iterator.value()  # type: ignore[attr-defined]
             iterator.next()  # type: ignore[attr-defined]
-        with _named_errors(self.path):
+        with named_errors(self.path):
             iterator.status()  # type: ignore[attr-defined]
         del snapshot
 
     def checkpoint(self, path: Path) -> None:
-        with _named_errors(self.path):
+        with named_errors(self.path):
             Checkpoint(self._db).create_checkpoint(str(path))
 
     def ingest(self, files: list[Path]) -> None:
         """Take sorted, non-overlapping SST files as state, by moving them in. Raises DiskFull, StoreCorrupt."""
         options = IngestExternalFileOptions()
         options.set_move_files(True)
-        with _named_errors(self.path):
+        with named_errors(self.path):
             self._state.ingest_external_file([str(file) for file in files], options)
 
     def flush(self) -> None:
-        with _named_errors(self.path):
+        with named_errors(self.path):
             self._db.flush_wal(True)
 
     def close(self) -> None:
