@@ -102,6 +102,7 @@ class Meta:
 
     def after(self, header: Header, tip: Tip, *, offset: int, digest: bytes) -> Meta:
         """The meta once a numbered frame, read at ``offset`` of diffs, is applied."""
+        is_first = self.tip.ref is None  # of a chain without a base: the journal begins there, at whatever height
         return replace(
             self,
             tip=tip,
@@ -111,7 +112,12 @@ class Meta:
             frame_id=header.frame_id,
             source_epoch=header.source_epoch,
             source_writer=header.source_writer,
-            blocks=LogMark(next_offset=header.next_input_offset, last_digest=header.input_digest),
+            blocks=LogMark(
+                next_offset=header.next_input_offset,
+                last_digest=b"" if header.input_digest == NO_HASH else header.input_digest,
+            ),
+            journal_first_height=tip.height if is_first else self.journal_first_height,
+            archived_to=tip.height if is_first else self.archived_to,
         ).with_diffs(offset=offset, digest=digest)
 
     def after_epoch(self, header: Header, *, offset: int, digest: bytes) -> Meta:
