@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from struct import Struct
+from typing import NamedTuple
 
 import xxhash
 from blake3 import blake3
 
-from pipeline.errors import FrameCorrupt
+from pipeline.errors import FrameCorrupt, Unsupported
 
 RECORD_BYTES_MAX = 900 << 10
 """A record's payload: below Kafka's default of 1 MiB for a request, headers and batch included."""
@@ -30,6 +31,8 @@ CHUNK_MAGIC = b"SFck"
 CHUNK_VERSION = 1
 _HEAD = Struct("<4sB16sQ16sQ32sIIQ")
 assert _HEAD.size == 101
+_ORIGIN = Struct("<4sB16sQ16s")  # version-independent: magic, version, generation, epoch, writer
+assert _ORIGIN.size == 45
 _CHECKSUM_BYTES = 8
 
 
@@ -44,6 +47,14 @@ class Chunk:
     count: int
     total_bytes: int
     payload: bytes
+
+
+class Origin(NamedTuple):
+    """Whose chunk it is: at the same bytes in every version."""
+
+    generation: bytes
+    epoch: int
+    writer: bytes
 
 
 def is_chunk(record: bytes) -> bool:
@@ -76,15 +87,26 @@ def cut(
     return records
 
 
-def decode_chunk(record: bytes) -> Chunk:
-    """Raises FrameCorrupt if the record is not a whole chunk of this version: void to every reader."""
-    if len(record) <= _HEAD.size + _CHECKSUM_BYTES or not is_chunk(record):
-        raise FrameCorrupt("a chunk is truncated")
+def peek_origin(record: bytes) -> Origin | None:
+    """Whose chunk this is, whatever its version; None for anything that is no undamaged chunk: void."""
+    if len(record) <= _ORIGIN.size + _CHECKSUM_BYTES or not is_chunk(record):
+        return None
     if xxhash.xxh3_64_digest(memoryview(record)[:-_CHECKSUM_BYTES]) != record[-_CHECKSUM_BYTES:]:
-        raise FrameCorrupt("a chunk's checksum does not match its bytes")
-    _, version, generation, epoch, writer, number, digest, index, count, total = _HEAD.unpack_from(record)
-    if version != CHUNK_VERSION:
-        raise FrameCorrupt(f"a chunk of version {version}")
+        return None
+    return Origin(*_ORIGIN.unpack_from(record)[2:])
+
+
+def decode_chunk(record: bytes) -> Chunk:
+    """Raises FrameCorrupt (damaged, or numbers that cannot be) and Unsupported (another version)."""
+    if peek_origin(record) is None:
+        raise FrameCorrupt("not an undamaged chunk: magic, size or checksum is wrong")
+    if record[4] != CHUNK_VERSION:
+        raise Unsupported(
+            f"a chunk of version {record[4]}", way_out=f"this build reads version {CHUNK_VERSION}: upgrade"
+        )
+    if len(record) <= _HEAD.size + _CHECKSUM_BYTES:
+        raise FrameCorrupt("a chunk is truncated")
+    _, _, generation, epoch, writer, number, digest, index, count, total = _HEAD.unpack_from(record)
     if not (0 <= index < count and 1 < count <= total <= MESSAGE_BYTES_MAX):
         raise FrameCorrupt(f"chunk {index} of {count} with {total} bytes in all cannot be")
     return Chunk(

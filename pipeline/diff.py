@@ -118,7 +118,10 @@ def decode_whole_body(body: bytes) -> Diff:
 
 def decode_reference_body(body: bytes) -> dict[int, References]:
     """A body of reference columns, table by table. Raises FrameCorrupt, Unsupported."""
-    return {table_id: decode_references(SCHEMAS[table_id], view) for table_id, view in split_tables(body).items()}
+    tables = {table_id: decode_references(SCHEMAS[table_id], view) for table_id, view in split_tables(body).items()}
+    if not all(map(len, tables.values())):
+        raise FrameCorrupt("a body names a table without changes")
+    return tables
 
 
 def squash(diffs: Sequence[Diff]) -> Diff:

@@ -319,5 +319,7 @@ def _check(header: Header, raw_bytes: int) -> None:
     if header.is_numbered:
         demand(header.seq > 0 and header.epoch > 0, "a numbered frame without seq or epoch")
         demand(bool(header.table_roots), "no table roots")
+        bare = header.kind is Kind.UNDO and Feature.SELF_CONTAINED not in header.required
+        demand(not (bare and raw_bytes), "an UNDO frame with a body that nobody reads")
     else:
         demand(header.seq == 0 and not header.required, "an EPOCH or GENERATION frame with seq or features")

@@ -138,15 +138,14 @@ class Replica:
         return self._judge_message(record)
 
     def _judge_chunk(self, record: bytes) -> Judgement:
-        try:
-            part = chunk.decode_chunk(record)
-        except FrameCorrupt:
+        origin = chunk.peek_origin(record)
+        if origin is None:
             return self._void("damaged")
-        if part.generation != self.meta.generation:
+        if origin.generation != self.meta.generation:
             return self._void("generation")
-        if (part.epoch, part.writer) != (self.meta.epoch, self.meta.writer):
+        if (origin.epoch, origin.writer) != (self.meta.epoch, self.meta.writer):
             return self._void("writer")
-        message = self._assembler.feed(part)
+        message = self._assembler.feed(chunk.decode_chunk(record))
         return Partial() if message is None else self._judge_message(message)
 
     def _judge_message(self, message: bytes) -> Judgement:
@@ -340,6 +339,7 @@ class Replica:
         Raises LogLost when the journal does not reach that far.
         """
         assert not self._steps, "frames are in flight"
+        self.forget_chunks()
         meta = self.meta
         if meta.seq < meta.journal_first_seq:
             raise LogLost(
