@@ -218,12 +218,20 @@ def _unpack(payload: memoryview | bytes, what: str) -> Any:
             strict_map_key=True,
             max_bin_len=EVENT_BYTES_MAX,
             max_str_len=1 << 10,
-            max_array_len=OPS_MAX,
+            max_array_len=min(OPS_MAX, len(payload)),  # an entry takes a byte: no list is made for what cannot come
             max_map_len=64,
             max_ext_len=0,
+            object_pairs_hook=_map_of,
         )
     except (ValueError, msgpack.exceptions.UnpackException) as error:
         raise EventCorrupt(f"{what} is not the MessagePack map it must be: {error}") from error
+
+
+def _map_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a field stands there twice")
+    return fields
 
 
 class _Fields:

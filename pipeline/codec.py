@@ -71,11 +71,22 @@ def decompress(packed: bytes | memoryview, codec: Codec, *, raw_bytes_max: int, 
             if declared == zstandard.CONTENTSIZE_UNKNOWN or parameters.dict_id:
                 raise CodecError("a zstd frame without a declared size, or with a dictionary")
             _check_size(declared, len(packed), raw_bytes_max, raw_bytes)
-            raw = _contexts.decompressor.decompress(packed, allow_extra_data=False)
+            raw = _decompress_zstd(packed, declared)
         except zstandard.ZstdError as error:
             raise CodecError(f"not a whole zstd frame: {error}") from error
     if len(raw) != declared:
         raise CodecError(f"{len(raw)} bytes came out where {declared} were declared")
+    return raw
+
+
+def _decompress_zstd(packed: bytes | memoryview, declared: int) -> bytes:
+    if declared:
+        return _contexts.decompressor.decompress(packed, allow_extra_data=False)
+    # `decompress` looks at nothing behind a header that declares 0 bytes.
+    stream = _contexts.decompressor.decompressobj()
+    raw = stream.decompress(packed)
+    if not stream.eof or stream.unused_data:
+        raise CodecError("an empty zstd frame that does not end where its bytes do")
     return raw
 
 
