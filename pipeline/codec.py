@@ -85,8 +85,8 @@ def _decompress_zstd(packed: bytes | memoryview, declared: int) -> bytes:
     # `decompress` looks at nothing behind a header that declares 0 bytes.
     stream = _contexts.decompressor.decompressobj()
     raw = stream.decompress(packed)
-    if not stream.eof or stream.unused_data:
-        raise CodecError("an empty zstd frame that does not end where its bytes do")
+    if not stream.eof or stream.unused_data or bytes(packed[:4]) != zstandard.FRAME_HEADER:
+        raise CodecError("not one empty zstd frame and nothing else")
     return raw
 
 
