@@ -1,0 +1,63 @@
+"""The commands of `stateferry bench`: sizes in, rows out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from topology.bench import apply as apply_bench
+from topology.bench import loads, report
+
+
+def _common(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = (
+        click.option("--json", "as_json", is_flag=True, help="Rows as JSON on standard output."),
+        click.option("--quick", is_flag=True, help="Small sizes: seconds, and figures that say less."),
+    )
+    for option in options:
+        command = option(command)
+    return command
+
+
+_data = click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=loads.DATA,
+    show_default="of the checkout",
+    help="Folder of the real blocks and their base coins.",
+)
+
+
+def _notes(data: Path) -> list[str]:
+    return [] if loads.real_block(367_891, data) else [loads.WITHOUT_DATA]
+
+
+@click.group()
+def bench() -> None:
+    """Measure this machine: every row beside what would be the most it can do."""
+
+
+@bench.command()
+@click.option("--blocks", type=click.IntRange(1), help="Blocks of each synthetic row.", show_default="200")
+@click.option(
+    "--changes",
+    "sizes",
+    type=click.IntRange(1),
+    multiple=True,
+    help="Changes a block of a synthetic row; may be repeated.",
+    show_default="2000, 5000, 14000",
+)
+@_data
+@_common
+def apply(blocks: int | None, sizes: tuple[int, ...], data: Path, quick: bool, as_json: bool) -> None:
+    """A primary's work on a block, against a bare write of the same changes."""
+    rows = apply_bench.run(
+        blocks=blocks or (10 if quick else apply_bench.BLOCKS),
+        sizes=sizes or ((2_000,) if quick else apply_bench.SIZES),
+        repeats=4 if quick else apply_bench.REPEATS,
+        data=data,
+    )
+    report.show("bench apply", rows, as_json=as_json, notes=_notes(data))

@@ -1,0 +1,82 @@
+"""A process of its own for what is measured: its peak memory is its own, and two can take turns.
+
+A worker is a class that is made in the new process; each call of `Worker.ask` is one call of its method `answer` over
+there. What is asked and answered is pickled, which stays outside of what is timed over there.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+
+class Answering(Protocol):
+    def answer(self, question: Any) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+class Worker:
+    """`make(*arguments)` in a process of its own, until the context ends."""
+
+    def __init__(self, make: Callable[..., Answering], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there, make, arguments), daemon=True)
+        self._process.start()
+        there.close()
+
+    def ask(self, question: Any) -> Any:
+        """One answer. Raises RuntimeError with the other side's traceback."""
+        self._connection.send(question)
+        try:
+            is_good, answer = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f"a bench process ended with exit code {self._process.exitcode}") from None
+        if not is_good:
+            raise RuntimeError(answer)
+        return answer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._connection.close()
+        self._process.join()
+
+
+def _serve(connection: Connection, make: Callable[..., Answering], arguments: tuple[Any, ...]) -> None:
+    worker: Answering | None = None
+    try:
+        while True:
+            try:
+                question = connection.recv()
+            except EOFError:
+                return
+            try:
+                worker = worker or make(*arguments)
+                connection.send((True, worker.answer(question)))
+            except Exception:
+                connection.send((False, traceback.format_exc()))
+    finally:
+        if worker is not None:
+            worker.close()
+
+
+def peak_rss_mb() -> float:
+    """The most memory that this process ever had resident."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent had when this process was forked off it
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
