@@ -238,7 +238,7 @@ def _parse(data: bytes) -> tuple[Header, memoryview, int]:
     _, version, kind, codec_id, required, optional, generation, epoch, writer, shard, shards = _PREFIX.unpack_from(data)
     if version != VERSION:
         raise Unsupported(f"a frame of version {version}", way_out=f"this build reads version {VERSION}: upgrade")
-    if required & ~Feature.SELF_CONTAINED:
+    if required & ~int(Feature.SELF_CONTAINED):  # the complement of a flag knows no bits but its own
         raise Unsupported(f"a frame that requires unknown features ({required:#x})", way_out="upgrade")
     if kind not in set(Kind) or codec_id not in set(Codec):
         raise Unsupported(f"a frame of kind {kind}, codec {codec_id}", way_out="upgrade")
