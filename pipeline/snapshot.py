@@ -1,0 +1,379 @@
+"""Snapshots: one position's whole state, as parts and the manifest that makes them exist.
+
+A **part** is an SST file of a contiguous run of storage keys, with its digest and its **partials**: the LtHash vectors
+of what it holds. Partials sum up to the vectors of the position, so whoever writes a snapshot audits its store, and a
+manifest can be checked without reading a part. Nothing exists until the **manifest** does: parts are put first,
+the manifest last, created if absent. A crash in between leaves parts that nobody names.
+
+    CHAIN/GENERATION/snapshots/HEIGHT-ROOT/manifest.json              height with 12 digits, first 16 hex of the root
+    CHAIN/GENERATION/snapshots/HEIGHT-ROOT/part-NNNNN-DIGEST.sst      number, first 16 hex of the digest
+
+A manifest is canonical JSON: UTF-8, one object, keys sorted, no spaces, bytes in lower-case hex, no other number than
+integers. Its fields:
+
+    bytes               all parts' bytes
+    chain, generation, generation_number, shards, finality
+    counts              keys by table name
+    digest              BLAKE3-256 of this object's canonical JSON without this field
+    format              1
+    height, hash, root, walk     the position; hash is in hashing order
+    keys                all parts' keys
+    minimum_reader      the lowest format version that a reader must know
+    parts               in ascending order of keys:
+        name, bytes, digest (BLAKE3-256), keys, first_key, last_key (storage keys), first_group, last_group,
+        partials        vectors by table name; a table without keys in the part is left out
+    resume              the `Meta` from which to go on, encoded as stores encode it: seq, frame id, epochs, and of both
+                        topics the next offset with the digest of the record before it
+    vectors             by table name
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from blake3 import blake3
+
+from pipeline.archive import resume_record
+from pipeline.commitment import lthash
+from pipeline.diff import Vectors
+from pipeline.errors import AuditFailed, ManifestCorrupt, StoreCorrupt, Unsupported
+from pipeline.generation import Generation
+from pipeline.position import Meta, Tip, decode_meta, encode_meta
+from pipeline.state import SCHEMAS, SCHEMAS_BY_NAME, key_group, schema_of_storage_key
+from pipeline.stores.sst import SortedFile
+from pipeline.verify import Audited, audit, check_audit, combine
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+
+PART_RAW_BYTES_MAX = 32 << 20
+"""Keys and values in one part before compression: a fetch that fails costs little, a state of 12 GB has 400 parts."""
+
+_NAME = re.compile(r"(.+)/([0-9a-f]{32})/snapshots/(\d{12,})-([0-9a-f]{16})/manifest\.json")
+_PART_NAME = re.compile(r"part-\d{5,}-([0-9a-f]{16})\.sst")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One file of a snapshot. Keys are storage keys, both inclusive; ``keys`` counts whole keys."""
+
+    name: str
+    size_bytes: int
+    digest: bytes
+    keys: int
+    first_key: bytes
+    last_key: bytes
+    partials: Mapping[int, bytes]  # vectors by table id
+
+    @property
+    def first_group(self) -> int:
+        return key_group(self.first_key)
+
+    @property
+    def last_group(self) -> int:
+        return key_group(self.last_key)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A snapshot. ``resume`` holds the position, the vectors and the links; the rest of it is for readers."""
+
+    resume: Meta
+    parts: tuple[Part, ...]
+    minimum_reader: int = FORMAT_VERSION
+
+    @property
+    def chain_id(self) -> str:
+        return self.resume.chain_id
+
+    @property
+    def generation(self) -> bytes:
+        return self.resume.generation
+
+    @property
+    def generation_number(self) -> int:
+        return self.resume.generation_number
+
+    @property
+    def tip(self) -> Tip:
+        return self.resume.tip
+
+    @property
+    def height(self) -> int:
+        return self.resume.tip.height
+
+    @property
+    def root(self) -> bytes:
+        return self.resume.tip.root
+
+    @property
+    def keys(self) -> int:
+        return sum(part.keys for part in self.parts)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(part.size_bytes for part in self.parts)
+
+    @property
+    def folder(self) -> str:
+        return snapshot_folder(self.chain_id, self.generation, self.height, self.root)
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder}/{MANIFEST_FILE}"
+
+    def part_name(self, part: Part) -> str:
+        """The name of a part's object."""
+        return f"{self.folder}/{part.name}"
+
+
+class ManifestName(NamedTuple):
+    """What a manifest's name says; ``root_start``: the first 8 bytes of the root."""
+
+    chain_id: str
+    generation: bytes
+    height: int
+    root_start: bytes
+
+    def __str__(self) -> str:
+        return f"{snapshot_folder(*self)}/{MANIFEST_FILE}"
+
+
+def snapshot_folder(chain_id: str, generation: bytes, height: int, root: bytes) -> str:
+    return f"{chain_id}/{generation.hex()}/snapshots/{height:012d}-{root[:8].hex()}"
+
+
+def parse_manifest_name(name: str) -> ManifestName | None:
+    """The inverse of `Manifest.name`; None for an object that is no manifest."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    chain_id, generation, height, root = match.groups()
+    parsed = ManifestName(chain_id, bytes.fromhex(generation), int(height), bytes.fromhex(root))
+    return parsed if str(parsed) == name else None
+
+
+def base_resume(generation: Generation, vectors: Vectors, counts: Mapping[int, int], finality: int) -> Meta:
+    """The meta of a base state at `Generation.base`: nothing of either topic was read."""
+    assert generation.base is not None
+    height = generation.base.height
+    return Meta(
+        chain_id=generation.chain_id,
+        generation=generation.generation,
+        generation_number=generation.number,
+        finality=finality,
+        tip=Tip(ref=generation.base, vectors=vectors, seq=0, counts=counts),
+        base_height=height,
+        highest=height,
+    )
+
+
+# Parts
+
+
+class WrittenPart(NamedTuple):
+    part: Part
+    path: Path
+
+
+def write_parts(
+    entries: Iterable[tuple[bytes, bytes]], folder: Path, *, raw_bytes_max: int = PART_RAW_BYTES_MAX
+) -> Iterator[WrittenPart]:
+    """Ascending (storage key, stored bytes) as parts in a folder, hashed as they are written.
+
+    Raises StoreCorrupt (out of order, malformed), DiskFull.
+    """
+    iterator = iter(entries)
+    last_key = b""
+    for number in itertools.count():
+        first = next(iterator, None)
+        if first is None:
+            return
+        if first[0] <= last_key:
+            raise StoreCorrupt(f"storage key {first[0].hex()} does not ascend")
+        draft = folder / f"part-{number:05d}.new"
+        writer = _PartWriter(draft, raw_bytes_max)
+        audited = audit(writer.through(itertools.chain((first,), iterator)))
+        last_key = writer.last_key
+        size = writer.file.finish()
+        digest = digest_file(draft)
+        part = Part(
+            name=f"part-{number:05d}-{digest[:8].hex()}.sst",
+            size_bytes=size,
+            digest=digest,
+            keys=audited.keys,
+            first_key=first[0],
+            last_key=last_key,
+            partials={table_id: vector for table_id, vector in audited.vectors.items() if vector != lthash.ZERO},
+        )
+        path = folder / part.name
+        draft.rename(path)
+        yield WrittenPart(part, path)
+
+
+class _PartWriter:
+    """Writes what passes through, up to the first storage key at which the part is full."""
+
+    def __init__(self, path: Path, raw_bytes_max: int) -> None:
+        self.file = SortedFile(path)
+        self.last_key = b""
+        self._left = raw_bytes_max
+
+    def through(self, entries: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+        put, left = self.file.put, self._left
+        for entry in entries:
+            key, value = entry
+            put(key, value)
+            self.last_key = key
+            yield entry
+            left -= len(key) + len(value)
+            if left <= 0:
+                return
+
+
+def digest_file(path: Path) -> bytes:
+    """BLAKE3-256 of a file's bytes."""
+    hasher = blake3()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            hasher.update(piece)
+    return hasher.digest()
+
+
+def sum_parts(parts: Sequence[Part]) -> Audited:
+    """What the parts hold in all, by their partials."""
+    return combine(Audited(vectors=part.partials, keys=part.keys) for part in parts)
+
+
+def make_manifest(parts: Sequence[Part], resume: Meta) -> Manifest:
+    """The manifest of parts that were just written. Raises AuditFailed unless they sum up to the position."""
+    check_audit(sum_parts(parts), resume.tip)
+    return Manifest(resume=resume_record(resume), parts=tuple(parts))
+
+
+# Manifests
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Canonical JSON, its digest inside."""
+    fields = _fields(manifest)
+    return _canonical(fields | {"digest": blake3(_canonical(fields)).hexdigest()})
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """The inverse of `encode_manifest`. Raises ManifestCorrupt (any other byte, parts out of order, partials that do
+    not sum up) and Unsupported."""
+    try:
+        fields = json.loads(data.decode())
+        if not isinstance(fields, dict) or _canonical(fields) != data:
+            raise ManifestCorrupt("a manifest is not canonical JSON")
+    except (ValueError, RecursionError) as error:
+        raise ManifestCorrupt(f"a manifest is not JSON: {error}") from error
+    digest = fields.pop("digest", None)
+    if digest != blake3(_canonical(fields)).hexdigest():
+        raise ManifestCorrupt("the digest of a manifest does not match its bytes")
+    minimum = fields.get("minimum_reader")
+    if isinstance(minimum, int) and minimum > FORMAT_VERSION:
+        raise Unsupported(
+            f"a manifest for readers of format {minimum} or later",
+            way_out=f"this build reads {FORMAT_VERSION}: upgrade",
+        )
+    try:
+        manifest = Manifest(
+            resume=decode_meta(bytes.fromhex(fields["resume"])),
+            parts=tuple(map(_part, fields["parts"])),
+            minimum_reader=int(fields["minimum_reader"]),
+        )
+        same = _fields(manifest) == fields
+    except (KeyError, TypeError, ValueError, AttributeError, StoreCorrupt) as error:
+        raise ManifestCorrupt(f"a manifest is malformed: {error!r}") from error
+    if not same:
+        raise ManifestCorrupt("the fields of a manifest do not agree with each other")
+    _check(manifest)
+    return manifest
+
+
+def _canonical(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _fields(manifest: Manifest) -> dict[str, Any]:
+    resume, tip = manifest.resume, manifest.resume.tip
+    return {
+        "bytes": manifest.size_bytes,
+        "chain": resume.chain_id,
+        "counts": {SCHEMAS[table_id].name: count for table_id, count in tip.counts.items()},
+        "finality": resume.finality,
+        "format": FORMAT_VERSION,
+        "generation": resume.generation.hex(),
+        "generation_number": resume.generation_number,
+        "hash": tip.block_hash.hex(),
+        "height": tip.height,
+        "keys": manifest.keys,
+        "minimum_reader": manifest.minimum_reader,
+        "parts": [
+            {
+                "bytes": part.size_bytes,
+                "digest": part.digest.hex(),
+                "first_group": part.first_group,
+                "first_key": part.first_key.hex(),
+                "keys": part.keys,
+                "last_group": part.last_group,
+                "last_key": part.last_key.hex(),
+                "name": part.name,
+                "partials": _by_name(part.partials),
+            }
+            for part in manifest.parts
+        ],
+        "resume": encode_meta(resume).hex(),
+        "root": tip.root.hex(),
+        "shards": resume.shards,
+        "vectors": _by_name(tip.vectors),
+        "walk": resume.walk,
+    }
+
+
+def _by_name(vectors: Mapping[int, bytes]) -> dict[str, str]:
+    return {SCHEMAS[table_id].name: vector.hex() for table_id, vector in vectors.items()}
+
+
+def _part(fields: Any) -> Part:
+    part = Part(
+        name=fields["name"],
+        size_bytes=fields["bytes"],
+        digest=bytes.fromhex(fields["digest"]),
+        keys=fields["keys"],
+        first_key=bytes.fromhex(fields["first_key"]),
+        last_key=bytes.fromhex(fields["last_key"]),
+        partials={SCHEMAS_BY_NAME[name].table_id: bytes.fromhex(vector) for name, vector in fields["partials"].items()},
+    )
+    if any(not isinstance(number, int) or number <= 0 for number in (part.size_bytes, part.keys)):
+        raise ValueError(f"part {part.name} has {part.size_bytes} bytes, {part.keys} keys")
+    match = _PART_NAME.fullmatch(part.name)
+    if len(part.digest) != 32 or match is None or match.group(1) != part.digest[:8].hex():
+        raise ValueError(f"part {part.name} is not named by its digest")
+    return part
+
+
+def _check(manifest: Manifest) -> None:
+    """What holds between the parts and the position. Raises ManifestCorrupt."""
+    last = b""
+    try:
+        for part in manifest.parts:
+            for key in (part.first_key, part.last_key):
+                schema_of_storage_key(key)
+            if not last < part.first_key <= part.last_key:
+                raise ManifestCorrupt(f"part {part.name} is out of order, or overlaps the one before")
+            last = part.last_key
+        found = sum_parts(manifest.parts)
+        check_audit(found, manifest.tip)
+    except (StoreCorrupt, AuditFailed, ValueError, KeyError) as error:
+        raise ManifestCorrupt(f"the parts of a manifest do not make its state: {error}") from error
+    if found.keys != sum(manifest.tip.counts.values()):
+        raise ManifestCorrupt(f"the parts of a manifest have {found.keys} keys, its position another number")
