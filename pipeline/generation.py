@@ -79,6 +79,7 @@ class Opening:
         return Meta(
             chain_id=self.generation.chain_id,
             generation=self.generation.generation,
+            generation_number=self.generation.number,
             finality=self.finality,
             shards=self.shards,
             tip=tip,

@@ -76,6 +76,7 @@ class Meta:
 
     chain_id: str
     generation: bytes
+    generation_number: int = 1
     finality: int  # blocks below the highest tip that can still be taken off
     shard: int = 0
     shards: int = 1
@@ -135,6 +136,7 @@ def encode_meta(meta: Meta) -> bytes:
     fields: dict[str, Any] = {
         "chain": meta.chain_id,
         "generation": meta.generation,
+        "generation_number": meta.generation_number,
         "finality": meta.finality,
         "shard": meta.shard,
         "shards": meta.shards,

@@ -409,3 +409,11 @@ def _merge(effects: list[Effect]) -> dict[bytes, bytes | None]:
         if merged[key] is None:
             del merged[key]
     return merged
+
+
+def reign(message: bytes, meta: Meta) -> Header | None:
+    """The header of a valid EPOCH, by the rule that `Replica.judge` follows; None for any other record."""
+    prefix = frame.peek_prefix(message)
+    if prefix is None or prefix.kind != Kind.EPOCH or prefix.generation != meta.generation:
+        return None
+    return frame.peek(message) if prefix.epoch == meta.epoch + 1 else None

@@ -1,0 +1,5 @@
+"""`python -m topology` is `stateferry`."""
+
+from topology.cli import main
+
+main()

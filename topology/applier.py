@@ -1,0 +1,42 @@
+"""The applier: the Faust agent of a primary. Block events in, frames out.
+
+It waits for nothing but room: frames are produced as they are computed, and what the broker has acknowledged is
+checked by a task of its own, in order. A send that fails ends the worker: only the log says what became of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any
+
+from pipeline import failpoints
+from topology.node import Node
+
+
+def make_agent(node: Node, *, acknowledgements: asyncio.Queue[Awaitable[Any]]) -> Any:
+    """The agent's function."""
+
+    async def applier(stream: Any) -> None:
+        async for event in stream.events():
+            try:
+                for sent in await node.on_blocks(event.message.offset, event.message.value):
+                    await acknowledgements.put(sent)
+            except Exception as error:
+                node.fail(error)
+            if node.stopping.is_set():
+                await asyncio.Event().wait()  # until the worker takes this task down: nothing more is handled
+
+    return applier
+
+
+async def check_acknowledgements(node: Node, acknowledgements: asyncio.Queue[Awaitable[Any]]) -> None:
+    """Await every send, in order."""
+    while True:
+        sent = await acknowledgements.get()
+        try:
+            await sent
+        except Exception as error:
+            node.fail(error)
+            return
+        failpoints.hit("propose.produced")

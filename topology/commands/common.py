@@ -1,0 +1,127 @@
+"""What all commands share: options, output, and reaching a store whether a worker owns it or nobody does."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+
+from pipeline.errors import NotFound
+from pipeline.stores.rocksdb import RocksStore
+from topology import control, logs, settings, topics
+from topology.data_dir import DataDir
+from topology.reads import View
+from topology.settings import Settings
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+console = Console(stderr=True)
+"""Progress and words go to stderr; stdout is for results."""
+
+_OPTIONS = (
+    click.option("--broker", metavar="URL", help="Where the topics are. [default: embedded:///DATA-DIR/log.sqlite]"),
+    click.option(
+        "--data-dir", type=click.Path(path_type=Path), help="The node's directory. [default: stateferry-data]"
+    ),
+    click.option(
+        "--objects", metavar="URL", help="Where snapshots and archive are. [default: file:///DATA-DIR/objects]"
+    ),
+    click.option("--chain", metavar="NAME", help="Chain id. [default: what is there, else bitcoin]"),
+    click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+    click.option("-v", "--verbose", is_flag=True, help="Log every unit of work on stderr."),
+)
+
+
+def common_options(command: Command) -> Command:
+    """The options of every command that touches a node; the command gets `Settings` and `as_json`."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, verbose: bool, **kwargs: Any) -> Any:
+        logs.configure(verbose=verbose)
+        given = {name: kwargs.pop(name, None) for name in ("broker", "data_dir", "objects", "chain")}
+        extra = {name: kwargs.pop(name) for name in ("finality", "serve") if name in kwargs}
+        return command(*args, settings=settings.load(**given, **extra), **kwargs)
+
+    for option in reversed(_OPTIONS):
+        wrapped = option(wrapped)
+    return wrapped  # type: ignore[return-value]
+
+
+serve_option = click.option(
+    "--serve", type=click.Choice(["proven", "claimed"]), help="Answer from a state not proven yet. [default: proven]"
+)
+
+
+def emit(document: Any, *, as_json: bool, text: Callable[[], str] | None = None) -> None:
+    """A result: the document as JSON, or for people."""
+    if as_json or text is None:
+        click.echo(json.dumps(document, indent=None if as_json else 1))
+    else:
+        click.echo(text())
+
+
+def rows(document: dict[str, Any]) -> str:
+    """A flat document for people: a name and a value a line."""
+    width = max(map(len, document))
+    return "\n".join(f"{name:<{width}}  {_word(value)}" for name, value in document.items())
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+
+
+def ask_worker(given: Settings, request: dict[str, Any]) -> Any:
+    """The answer of the worker that owns the data directory; None if there is none."""
+    return control.ask(DataDir(given.data_dir).socket_path, request)
+
+
+@contextlib.contextmanager
+def opened_view(given: Settings) -> Iterator[View]:
+    """The data directory's store to read from: a worker's copy of it, or the store itself. Raises NotFound,
+    Quarantined, WrongChain."""
+    data_dir = DataDir(given.data_dir)
+    copy = ask_worker(given, {"what": "copy"})
+    if copy is None and not data_dir.has_store:
+        raise NotFound(
+            "there is no store in this data directory",
+            where=str(data_dir.path),
+            way_out="`stateferry run` follows a chain into it, `stateferry restore` fills it from a snapshot",
+        )
+    if copy is None:
+        data_dir.check_quarantine()
+    path = data_dir.store_path if copy is None else Path(copy["path"])
+    try:
+        store = RocksStore(path, read_only=True)
+        try:
+            view = View.of(store)
+            topics.check_chain(given.chain, view.meta.chain_id, str(data_dir.path))
+            yield view
+        finally:
+            store.close()
+    finally:
+        if copy is not None:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def owned_store(given: Settings) -> Iterator[tuple[DataDir, RocksStore]]:
+    """The data directory's store to work on, while no worker has it. Raises Locked, NotFound, Quarantined."""
+    with DataDir(given.data_dir) as data_dir:
+        store = data_dir.open_store()
+        try:
+            topics.check_chain(given.chain, View.of(store).meta.chain_id, str(data_dir.path))
+            yield data_dir, store
+        finally:
+            store.close()
+
+
+def is_terminal() -> bool:
+    return sys.stderr.isatty()

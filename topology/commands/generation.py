@@ -1,0 +1,126 @@
+"""`stateferry generation`: show the generation in force, and start a new one from a snapshot."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import Any
+
+import click
+
+from pipeline import generation as generations
+from pipeline.errors import NotFound
+from pipeline.generation import Generation, Opening
+from pipeline.objects import ObjectStore, open_objects
+from pipeline.position import NO_WRITER, Meta
+from pipeline.replica import reign
+from pipeline.snapshot import Manifest
+from topology import base_state, topics
+from topology.commands.common import common_options, emit, rows
+from topology.settings import Settings
+from topology.transports.base import Broker
+from topology.transports.factory import open_broker
+
+
+@click.group("generation")
+def generation_group() -> None:
+    """One unbroken history of topics and seqs, and what follows it."""
+
+
+@generation_group.command("show")
+@common_options
+def show(settings: Settings, as_json: bool) -> None:
+    """The generation in force on the broker."""
+
+    async def work(broker: Broker) -> dict[str, Any]:
+        found = await topics.current_generation(broker)
+        if found is None:
+            raise NotFound("there is no generation on this broker yet", way_out="publish blocks: `stateferry ingest`")
+        return _document(found)
+
+    _run(settings, work, as_json=as_json)
+
+
+@generation_group.command("new")
+@click.option("--height", type=int, help="Of the snapshot to begin from. [default: the newest]")
+@common_options
+def new(settings: Settings, height: int | None, as_json: bool) -> None:
+    """End this generation and begin another from a snapshot: after a reorg deeper than finality, or a lost topic.
+
+    Every reader of the old topics stops at their end and says so; data directories are restored from the new
+    generation's base; the source publishes again from its position.
+    """
+
+    async def work(broker: Broker) -> dict[str, Any]:
+        ended = await topics.current_generation(broker)
+        if ended is None:
+            raise NotFound("there is no generation on this broker to end")
+        topics.check_chain(settings.chain, ended.chain_id, settings.broker_url)
+        objects = open_objects(settings.objects_url)
+        manifest = await asyncio.to_thread(base_state.newest_manifest, objects, ended, height)
+        begun = await _begin(broker, objects, ended, manifest)
+        return _document(begun) | {"ended": ended.generation.hex(), "from_manifest": manifest.name}
+
+    _run(settings, work, as_json=as_json)
+
+
+async def _begin(broker: Broker, objects: ObjectStore, ended: Generation, manifest: Manifest) -> Generation:
+    """Base manifest first, then the record in `generations`, then the end of the old partition: a crash in between
+    leaves either the old generation, or the new one with an old partition that simply stops."""
+    wanted = Generation(
+        generation=secrets.token_bytes(16),
+        chain_id=ended.chain_id,
+        number=ended.number + 1,
+        previous=ended.generation,
+        base=manifest.tip.ref,
+    )
+    base = await asyncio.to_thread(base_state.republish, objects, manifest, wanted)
+    in_force = await topics.open_generation(broker, base_state.with_base(wanted, base))
+    meta = await _last_epoch(broker, ended)
+    if meta is not None:
+        record = generations.encode_end(
+            in_force, epoch=meta.epoch + 1, writer=NO_WRITER, generation=ended.generation, chain_id=ended.chain_id
+        )
+        await broker.append(ended.diffs_topic, 0, [(None, record)])
+    await topics.ensure_opening(broker, in_force, manifest.resume.finality)
+    return in_force
+
+
+async def _last_epoch(broker: Broker, ended: Generation) -> Meta | None:
+    """The epoch in force at the end of a diffs topic, by the EPOCH records in it; None if it was never opened."""
+    opened = await topics.opening(broker, ended)
+    if opened is None:
+        return None
+    opening: Opening = opened[0]
+    meta = opening.meta(offset=0, digest=b"")
+    async for record in topics.records(broker, ended.diffs_topic, 1):
+        header = reign(record.value, meta)
+        if header is not None:
+            meta = meta.after_epoch(header, offset=record.offset, digest=b"")
+    return meta
+
+
+def _document(found: Generation) -> dict[str, Any]:
+    return {
+        "generation": found.generation.hex(),
+        "number": found.number,
+        "chain": found.chain_id,
+        "previous": found.previous.hex() if found.number > 1 else None,
+        "base": topics.ref_text(found.base),
+        "base_manifest": found.base_manifest or None,
+        "blocks_topic": found.blocks_topic,
+        "diffs_topic": found.diffs_topic,
+    }
+
+
+def _run(settings: Settings, work: Any, *, as_json: bool) -> None:
+    async def main() -> dict[str, Any]:
+        broker = open_broker(settings.broker_url)
+        try:
+            result: dict[str, Any] = await work(broker)
+            return result
+        finally:
+            await broker.close()
+
+    document = asyncio.run(main())
+    emit(document, as_json=as_json, text=lambda: rows(document))

@@ -1,0 +1,95 @@
+"""`stateferry run`: a worker in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import click
+from rich.progress import BarColumn, Progress, TextColumn
+
+from topology import reads, worker
+from topology.commands.common import common_options, console, emit, is_terminal, rows, serve_option
+from topology.node import Node, Role
+from topology.settings import Settings
+from topology.worker import Until
+
+
+@click.command()
+@click.option("--role", type=click.Choice([role.value for role in Role]), required=True)
+@click.option("--until-height", type=int, help="End once this height is in the store.")
+@click.option("--until-idle", is_flag=True, help="End once all that was there is consumed and nothing came for 2 s.")
+@click.option("--finality", type=click.IntRange(0, 100_000), help="Blocks that can be undone. [default: 100]")
+@serve_option
+@common_options
+def run(settings: Settings, role: str, until_height: int | None, until_idle: bool, as_json: bool) -> None:
+    """Follow a chain: as the primary, which applies blocks and publishes diffs, or as a replica of it."""
+    until = Until(height=until_height, idle=until_idle)
+    watch = _progress if is_terminal() else None
+    node = asyncio.run(worker.run(settings, Role(role), until, on_node=watch))
+    if node is None:
+        emit({"followed": False, "why": "nothing was published"}, as_json=as_json, text=lambda: "nothing to follow")
+        return
+    document = reads.status(node.committed_meta, node.proof) | {"role": role, "void_records": dict(node.voids)}
+    emit(document, as_json=as_json, text=lambda: rows(document))
+
+
+async def _progress(node: Node) -> None:
+    """Height, rate, lag and ETA, while the worker runs."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("height {task.fields[height]}  {task.fields[rate]:,.0f} changes/s  lag {task.fields[lag]} records"),
+        TextColumn("ETA {task.fields[eta]}"),
+        console=console,
+        transient=True,
+    ) as progress:
+        meter = Meter(node)
+        task = progress.add_task(node.role.value, height=-1, rate=0.0, lag=0, eta="-")
+        while True:
+            await asyncio.sleep(0.2)
+            meter.tick()
+            progress.update(
+                task,
+                total=max(meter.end, 1),
+                completed=meter.done,
+                height=node.committed_height,
+                rate=meter.changes_per_s,
+                lag=max(meter.end - meter.done, 0),
+                eta=meter.eta,
+            )
+
+
+class Meter:
+    """Counts what a node commits."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._changes = 0
+        self._since_s = time.monotonic()
+        self._first_done: int | None = None
+        self.changes_per_s = 0.0
+        node.on_commit.append(lambda steps: self._count(sum(step.header.op_count for step in steps)))
+
+    def _count(self, changes: int) -> None:
+        self._changes += changes
+
+    @property
+    def done(self) -> int:
+        return self._node.next_blocks if self._node.role is Role.PRIMARY else self._node.next_diffs
+
+    @property
+    def end(self) -> int:
+        return max(self._node.ends.blocks if self._node.role is Role.PRIMARY else self._node.ends.diffs, self.done)
+
+    def tick(self) -> None:
+        elapsed_s = time.monotonic() - self._since_s
+        self._first_done = self.done if self._first_done is None else self._first_done
+        self.changes_per_s = self._changes / elapsed_s if elapsed_s else 0.0
+
+    @property
+    def eta(self) -> str:
+        elapsed_s = time.monotonic() - self._since_s
+        moved = self.done - (self._first_done or 0)
+        left = self.end - self.done
+        return f"{left * elapsed_s / moved:.0f} s" if moved and left else "-"

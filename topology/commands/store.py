@@ -1,0 +1,131 @@
+"""Commands about a store: `status`, `get`, `scan`, `root`, `verify`, `snapshot`. A running worker is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import Any
+
+import click
+
+from pipeline.errors import UsageError
+from pipeline.objects import open_objects
+from pipeline.snapshot import parse_manifest_name
+from pipeline.state import UTXO, schema_named
+from topology import answers, reads
+from topology.commands.common import ask_worker, common_options, emit, opened_view, owned_store, rows, serve_option
+from topology.node import check_serving
+from topology.settings import Settings
+
+_SCAN_LIMIT = 100
+
+
+@click.command()
+@common_options
+def status(settings: Settings, as_json: bool) -> None:
+    """Where this node stands: position, proof, epoch, offsets, snapshots."""
+    document = ask_worker(settings, {"what": "status"})
+    if document is None:
+        with opened_view(settings) as view:
+            document = reads.status(view.meta, view.proof) | {"role": "none", "running": False}
+    document["snapshots"] = _snapshots(settings, document["chain"])
+    emit(document, as_json=as_json, text=lambda: rows(document))
+
+
+def _snapshots(settings: Settings, chain: str) -> list[dict[str, Any]]:
+    """Positions of the snapshots in the object store, newest last."""
+    names = (parse_manifest_name(info.name) for info in open_objects(settings.objects_url).list(f"{chain}/"))
+    found = sorted((name for name in names if name is not None), key=lambda name: name.height)
+    return [{"height": name.height, "root": name.root_start, "generation": name.generation.hex()} for name in found]
+
+
+@click.command()
+@click.argument("keys", nargs=-1, required=True)
+@click.option("--table", default=UTXO.name, show_default=True)
+@serve_option
+@common_options
+def get(settings: Settings, keys: tuple[str, ...], table: str, as_json: bool) -> None:
+    """Values of KEYS (txid:index for coins), with the position they are read at."""
+    schema = schema_named(table)
+    answer = ask_worker(settings, {"what": "get", "table": table, "keys": list(keys)})
+    if answer is None:
+        with opened_view(settings) as view:
+            check_serving(view.proof, settings.serve)
+            answer = {
+                "position": reads.position(view.meta, view.proof),
+                "found": reads.get(view.store, schema, list(keys)),
+            }
+    emit(answer, as_json=as_json, text=lambda: "\n\n".join(rows(_flat(found)) for found in answer["found"]))
+
+
+def _flat(found: dict[str, Any]) -> dict[str, Any]:
+    coin = found.get("coin")
+    return {"key": found["key"], **coin} if coin else found
+
+
+@click.command()
+@click.option("--table", default=UTXO.name, show_default=True)
+@click.option("--prefix", default="", metavar="HEX", help="Of the whole key, in hashing order.")
+@click.option("--txid", default="", help="Coins of one transaction, its id as people write it.")
+@click.option("--after", default="", metavar="KEY", help="Go on behind this key: the `next` of the page before.")
+@click.option("--limit", type=click.IntRange(1, 100_000), default=_SCAN_LIMIT, show_default=True)
+@serve_option
+@common_options
+def scan(settings: Settings, table: str, prefix: str, txid: str, after: str, limit: int, as_json: bool) -> None:
+    """A page of keys and values, in storage order, all at one position."""
+    schema = schema_named(table)
+    try:
+        start = bytes.fromhex(txid)[::-1] if txid else bytes.fromhex(prefix)
+    except ValueError as error:
+        raise UsageError(f"a prefix is hex: {error}") from error
+    behind = reads.parse_key(schema, after) if after else None
+    with opened_view(settings) as view:
+        check_serving(view.proof, settings.serve)
+        page = list(itertools.islice(reads.scan(view.store, schema, prefix=start, after=behind), limit + 1))
+        found = [reads.show(schema, key, value) for key, value in page[:limit]]
+        document = {
+            "position": reads.position(view.meta, view.proof),
+            "found": found,
+            "next": found[-1]["key"] if len(page) > limit else None,
+        }
+    emit(document, as_json=as_json, text=lambda: "\n".join(one["key"] for one in found))
+
+
+@click.command()
+@click.option("--interop", type=click.Choice(["muhash"]), help="A root that other software computes too.")
+@common_options
+def root(settings: Settings, interop: str | None, as_json: bool) -> None:
+    """The root at the store's position; with --interop muhash, what `gettxoutsetinfo muhash` prints there."""
+    with opened_view(settings) as view:
+        document = reads.position(view.meta, view.proof) | {
+            "coins": view.meta.tip.counts.get(UTXO.table_id, 0),
+            "table_roots": {str(table_id): root.hex() for table_id, root in view.meta.tip.table_roots.items()},
+        }
+        if interop == "muhash":
+            document["muhash"] = reads.muhash(view.store)
+    emit(document, as_json=as_json, text=lambda: rows(document))
+
+
+@click.command()
+@click.option("--level", type=click.Choice(["full"]), default="full", show_default=True, help="full: hash every key.")
+@common_options
+def verify(settings: Settings, level: str, as_json: bool) -> None:
+    """Recompute vectors and root from the store's content. A claimed state that verifies is proven from then on."""
+    document = ask_worker(settings, {"what": "verify"})
+    if document is None:
+        with owned_store(settings) as (data_dir, store):
+            document = asyncio.run(answers.verify(store, data_dir))
+    document["level"] = level
+    emit(document, as_json=as_json, text=lambda: rows(document))
+
+
+@click.command()
+@click.option("--height", type=int, help="A final height that this node's journal still reaches. [default: the newest]")
+@common_options
+def snapshot(settings: Settings, height: int | None, as_json: bool) -> None:
+    """Publish the state at a final height; the primary's open archive segment goes out first."""
+    document = ask_worker(settings, {"what": "snapshot", "height": height})
+    if document is None:
+        with owned_store(settings) as (data_dir, store):
+            document = asyncio.run(answers.snapshot(store, data_dir, settings.objects_url, height))
+    emit(document, as_json=as_json, text=lambda: rows(document))

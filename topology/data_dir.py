@@ -1,0 +1,154 @@
+"""A node's directory: who owns it, what is in it, and what was set aside.
+
+LOCK          held by the one worker or command that may write here
+store/        the RocksDB store
+control.sock  where a running worker answers
+copies/       checkpoints that a running worker made for commands; each is removed by who asked for it
+NODE          the node's id
+quarantine/   evidence of a divergence, one folder each; while one is open the store is not followed or served
+log.sqlite    the embedded log, where no other broker is named
+objects/      the object store, where no other is named
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pipeline.errors import DiskFull, Locked, NotFound, Quarantined, StateferryError
+from pipeline.stores.rocksdb import RocksStore
+
+_EVIDENCE = "evidence.json"
+_RECORD = "record.bin"
+
+
+class DataDir:
+    """One directory, by path. `lock` before anything is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self._lock_fd: int | None = None
+
+    @property
+    def store_path(self) -> Path:
+        return self.path / "store"
+
+    @property
+    def socket_path(self) -> Path:
+        return self.path / "control.sock"
+
+    @property
+    def quarantine_path(self) -> Path:
+        return self.path / "quarantine"
+
+    @property
+    def copies_path(self) -> Path:
+        return self.path / "copies"
+
+    @property
+    def node_id(self) -> str:
+        """A name of this directory's node that outlives its processes: made once."""
+        file = self.path / "NODE"
+        if not file.exists():
+            draft = self.path / f"NODE.{os.getpid()}"
+            draft.write_text(secrets.token_hex(8))
+            draft.rename(file)
+        return file.read_text().strip()
+
+    @property
+    def has_store(self) -> bool:
+        return (self.store_path / "CURRENT").exists()
+
+    def create(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DiskFull(f"the data directory cannot be made: {error}", where=str(self.path)) from error
+
+    def lock(self) -> Self:
+        """Own the directory until `unlock` or the end of this process. Raises Locked, naming who has it."""
+        self.create()
+        fd = os.open(self.path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(fd, 64).decode(errors="replace").strip()
+            os.close(fd)
+            raise Locked(
+                f"another worker owns this data directory (process {owner or 'unknown'})",
+                where=str(self.path),
+                way_out="stop it first, or name another --data-dir",
+            ) from error
+        os.ftruncate(fd, 0)
+        os.write(fd, str(os.getpid()).encode())
+        self._lock_fd = fd
+        return self
+
+    def unlock(self) -> None:
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def __enter__(self) -> Self:
+        return self.lock()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.unlock()
+
+    def open_store(self) -> RocksStore:
+        """The store that is here. Raises NotFound without one; Quarantined while evidence is open."""
+        if not self.has_store:
+            raise NotFound(
+                "there is no store in this data directory",
+                where=str(self.path),
+                way_out="`stateferry run` follows a chain into it, `stateferry restore` fills it from a snapshot",
+            )
+        self.check_quarantine()
+        return RocksStore(self.store_path)
+
+    # Quarantine
+
+    def quarantine(self, error: StateferryError, record: bytes, **facts: Any) -> Path:
+        """Keep the evidence of a divergence, durably. Returns its folder."""
+        folder = self.quarantine_path / secrets.token_hex(4)
+        folder.mkdir(parents=True)
+        for name, data in (
+            (_RECORD, record),
+            (_EVIDENCE, json.dumps({"error": error.name, "message": str(error), **facts}, indent=1).encode()),
+        ):
+            with (folder / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for directory in (folder, self.quarantine_path):
+            fd = os.open(directory, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+        return folder
+
+    def evidence(self) -> list[dict[str, Any]]:
+        """What led to quarantine, while it is open."""
+        found = []
+        for file in sorted(self.quarantine_path.glob(f"*/{_EVIDENCE}")):
+            facts: dict[str, Any] = json.loads(file.read_text())
+            record = file.parent / _RECORD
+            facts |= {"folder": str(file.parent), "record_bytes": record.stat().st_size if record.exists() else 0}
+            found.append(facts)
+        return found
+
+    def check_quarantine(self) -> None:
+        """Raises Quarantined while evidence is open."""
+        evidence = self.evidence()
+        if evidence:
+            raise Quarantined(
+                f"this data directory is in quarantine: {evidence[0]['error']}: {evidence[0]['message']}",
+                where=str(self.path),
+                way_out="`stateferry quarantine` shows the evidence and the ways out",
+            )

@@ -1,0 +1,58 @@
+"""Every event that stateferry logs, by name, with its fields; and how lines look.
+
+One line per unit of work, on stderr: a constant `noun_verbed` name, the rest fields. On a terminal lines are for
+people; elsewhere they are JSON. The core does not log.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Final
+
+import structlog
+
+EVENTS: Final[dict[str, str]] = {
+    "node_opened": "role, height, block_hash, root, proof, generation, data_dir",
+    "node_closed": "height, seq",
+    "log_taken_back": "frames, from_seq, to_seq, why",
+    "blocks_log_shorter": "stored_offset, end_offset",
+    "epoch_claimed": "epoch, writer",
+    "epoch_lost": "epoch, writer (of who won)",
+    "group_committed": "height, seq, blocks, changes, bytes",
+    "record_voided": "topic, offset, reason",
+    "segment_archived": "segment, blocks, bytes",
+    "state_proven": "height, keys, seconds",
+    "snapshot_taken": "height, parts, bytes, seconds",
+    "base_restored": "height, keys",
+    "generation_ended": "generation, successor",
+    "node_quarantined": "error, evidence",
+    "worker_failed": "error, message",
+    "worker_stopped": "why",
+}
+
+
+def configure(*, verbose: bool) -> None:
+    """Set up logging of this process: ours by `verbose`, libraries from warnings on. All of it goes to stderr."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
+    # Faust warns at every stop that its tasks were cancelled: that is how it stops.
+    for name in ("faust", "mode", "aiokafka"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    renderer: structlog.types.Processor = (
+        structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO if verbose else logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+
+
+def get() -> structlog.typing.FilteringBoundLogger:
+    logger: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+    return logger

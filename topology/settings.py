@@ -1,0 +1,106 @@
+"""What a user can set, and where it comes from: the command line, then `STATEFERRY_...` in the environment, then a
+`stateferry.toml` in the working directory (or the file that `STATEFERRY_CONFIG` names). The core knows none of it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from pipeline import failpoints
+from pipeline.block import CHAIN_ID_BYTES_MAX
+from pipeline.errors import UsageError
+
+CONFIG_VARIABLE = "STATEFERRY_CONFIG"
+CHAIN_DEFAULT = "bitcoin"
+
+
+class Settings(BaseSettings):
+    """One process's settings. Every buffer's bound stands here, in bytes."""
+
+    model_config = SettingsConfigDict(env_prefix="STATEFERRY_", extra="forbid", frozen=True)
+
+    broker: str = ""
+    """URL of the broker; empty: the embedded log in the data directory."""
+    data_dir: Path = Path("stateferry-data")
+    objects: str = ""
+    """URL of the object store; empty: the folder `objects` in the data directory."""
+    chain: str = ""
+    """Chain id; empty: the one that the data directory or the broker has, else `bitcoin`."""
+    finality: int | None = Field(default=None, ge=0, le=100_000)
+    """Blocks below the highest tip that can be undone; fixed by the first primary of a generation (100)."""
+    serve: Literal["proven", "claimed"] = "proven"
+    """Whether reads are answered from a state that this node has not proven yet."""
+    codec: Literal["zstd", "snappy", "none"] = "zstd"
+    group_bytes_max: int = Field(default=16 << 20, ge=1 << 16)
+    """Frames read back and not yet written, with what they change: written at the latest when there are this many."""
+    ahead_bytes_max: int = Field(default=48 << 20, ge=1 << 16)
+    """Blocks computed and not yet read back: the applier waits above this."""
+    failpoint: str = ""
+    """`name:hit`, for tests: kill this process there. See `pipeline.failpoints`."""
+    config: str = ""
+
+    @field_validator("chain")
+    @classmethod
+    def _chain_is_short_ascii(cls, chain: str) -> str:
+        if (
+            not chain.isascii()
+            or len(chain) > CHAIN_ID_BYTES_MAX
+            or not chain.replace("-", "").replace("_", "").isalnum()
+        ):
+            if chain == "":
+                return chain
+            raise ValueError(f"a chain id is up to {CHAIN_ID_BYTES_MAX} letters, digits, '-' and '_'")
+        return chain
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        file = Path(os.environ.get(CONFIG_VARIABLE, "stateferry.toml"))
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=file)
+
+    @property
+    def broker_url(self) -> str:
+        return self.broker or f"embedded://{self.data_dir.absolute()}/log.sqlite"
+
+    @property
+    def objects_url(self) -> str:
+        return self.objects or f"file://{self.data_dir.absolute()}/objects"
+
+
+def load(**given: Any) -> Settings:
+    """The settings with what the command line gave (None: not given). Raises UsageError, naming the field."""
+    try:
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UsageError(
+            f"setting {name!r}: {first['msg']}", way_out="see the command's --help, STATEFERRY_... and stateferry.toml"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"stateferry.toml cannot be read: {error}") from error
+    arm_failpoint(settings.failpoint)
+    return settings
+
+
+def arm_failpoint(spec: str) -> None:
+    """Arm `name:hit`: the process kills itself there, as a power cut of the process would. Raises UsageError."""
+    if not spec:
+        return
+    name, _, hit = spec.partition(":")
+    try:
+        failpoints.arm(name, int(hit or 1), lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"no fail point {spec!r}", way_out=f"names are: {', '.join(failpoints.NAMES)}") from error
