@@ -100,16 +100,20 @@ class Restored:
 # Planning
 
 
-def plan_restore(objects: ObjectStore, *, chain: str | None = None, height: int | None = None) -> RestorePlan:
+def plan_restore(
+    objects: ObjectStore, *, chain: str | None = None, generation: bytes | None = None, height: int | None = None
+) -> RestorePlan:
     """What a restore would fetch; reads names, and one manifest of each generation.
 
-    ``chain`` None: the only one there is. Raises NotFound, UsageError (several chains), ManifestCorrupt, Unsupported,
+    ``chain`` None: the only one there is. ``generation`` None: the newest that leads to ``height``. Raises NotFound, UsageError (several chains), ManifestCorrupt, Unsupported,
     ArchiveConflict.
     """
     manifests: list[ManifestName] = []
     segments: list[SegmentObject] = []
     for info in objects.list("" if chain is None else f"{chain}/"):
         manifest, segment = parse_manifest_name(info.name), parse_segment_name(info.name)
+        if generation is not None and generation not in {name.generation for name in (manifest, segment) if name}:
+            continue
         if manifest is not None:
             manifests.append(manifest)
         elif segment is not None and segment.shard == 0:
@@ -148,6 +152,7 @@ def restore(
     data_dir: Path,
     *,
     chain: str | None = None,
+    generation: bytes | None = None,
     height: int | None = None,
     claimed: bool = False,
     progress: ProgressReport = _no_progress,
@@ -158,13 +163,25 @@ def restore(
     Goes on with an interrupted restore that asked for the same; anything else found there is removed. Raises NotEmpty,
     NotFound, PartCorrupt, ManifestCorrupt, SegmentCorrupt, Diverged, DiskFull: then there is no store.
     """
-    return _Restorer(objects, data_dir, {"chain": chain, "height": height}, progress).run(claimed, workers)
+    request = Request(chain, generation, height)
+    return _Restorer(objects, data_dir, request, progress).run(claimed, workers)
+
+
+class Request(NamedTuple):
+    """What a restore was asked for."""
+
+    chain: str | None
+    generation: bytes | None
+    height: int | None
+
+    def fields(self) -> list[Any]:
+        return [self.chain, self.generation and self.generation.hex(), self.height]
 
 
 class _Restorer:
     """One attempt. `_enter` is the only way from stage to stage."""
 
-    def __init__(self, objects: ObjectStore, data_dir: Path, request: dict[str, Any], progress: ProgressReport) -> None:
+    def __init__(self, objects: ObjectStore, data_dir: Path, request: Request, progress: ProgressReport) -> None:
         self.objects = objects
         self.data_dir = data_dir
         self.work = data_dir / WORK_FOLDER
@@ -248,20 +265,20 @@ class _Restorer:
             held: dict[str, Any] = json.loads((self.work / _PLAN_FILE).read_bytes())
         except (FileNotFoundError, ValueError):
             return None
-        return held if held.get("request") == self.request else None
+        return held if held.get("request") == self.request.fields() else None
 
     def _plan(self) -> RestorePlan:
         held = self._held_plan()
         if held is not None:
             return self._decode_plan(held)
         shutil.rmtree(self.work, ignore_errors=True)
-        plan = plan_restore(self.objects, **self.request)
+        plan = plan_restore(self.objects, **self.request._asdict())
         (self.work / "parts").mkdir(parents=True)
         (self.work / "segments").mkdir()
         if plan.manifest is not None:
             _write_durably(self.work / _MANIFEST_FILE, self.objects.get(plan.manifest.name))
         fields = {
-            "request": self.request,
+            "request": self.request.fields(),
             "chain": plan.chain_id,
             "generation": plan.generation.hex(),
             "height": plan.height,

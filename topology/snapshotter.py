@@ -72,7 +72,7 @@ async def snapshot_in_process(
         store.checkpoint(copy)
         failpoints.hit("snapshot.checkpointed")
         arguments = ["--store", str(copy), "--scratch", str(scratch / _PARTS), "--objects", objects_url]
-            if height is not None:
+        if height is not None:
             arguments += ["--height", str(height)]
         name = await children.run(__spec__.name, arguments, report)
     finally:
@@ -152,9 +152,7 @@ def _roll_back(replica: Replica, target: int, report: Report) -> None:
         report("frames taken back", frames, max(highest - target, frames))
 
 
-def _publish(
-    objects: ObjectStore, written: list[WrittenPart], resume: Meta, report: Report
-) -> Manifest:
+def _publish(objects: ObjectStore, written: list[WrittenPart], resume: Meta, report: Report) -> Manifest:
     """Put parts that were just written, then their manifest. Raises AuditFailed before anything is put."""
     manifest = make_manifest([one.part for one in written], resume)
     _put_parts(objects, manifest, written, report)
