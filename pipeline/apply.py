@@ -7,7 +7,7 @@ keeps the before-value it had below the block. Nothing is written here: a block 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -61,8 +61,8 @@ def apply_block(block: Block, read: Reader) -> Applied:
         if not order:
             continue
         tables[schema.table_id] = netted
-        places[schema.table_id] = place = _Places(_pick(storage_keys, order), _pick(stored, order))
-        shared[schema.table_id] = _shared(netted, place)
+        places[schema.table_id] = _Places.of(netted, _pick(storage_keys, order), _pick(stored, order))
+        shared[schema.table_id] = _shared(netted, places[schema.table_id])
     whole = Diff(tables=tables)
     return Applied(diff=whole, effect=_effect(whole, places), shared=shared)
 
@@ -83,7 +83,7 @@ def apply_references(tables: Mapping[int, References], read: Reader) -> tuple[Di
         if references.has_exceptions:  # they were sorted in among the others
             storage_keys = diff.schema.storage_keys(_keys_of(diff))
             stored = [held[at] for at in storage_keys]
-        places[table_id] = _Places(storage_keys, stored)
+        places[table_id] = _Places.of(diff, storage_keys, stored)
     whole = Diff(tables=resolved)
     return whole, _effect(whole, places)
 
@@ -102,15 +102,32 @@ def apply_whole(diff: Diff, read: Reader) -> Effect:
         if values != befores:
             key = next(key for key, one, other in zip(keys, values, befores, strict=True) if one != other)
             raise _conflict(schema, key, "does not hold the value that the change starts from")
-        places[table_id] = _Places(storage_keys, stored)
+        places[table_id] = _Places.of(table, storage_keys, stored)
     return _effect(diff, places)
 
 
 class _Places(NamedTuple):
-    """Where a table's changes stand, created, then updated, then deleted: storage keys, and what is there before."""
+    """Where a table's changes stand, created, then updated, then deleted: storage keys, and what is there before.
+
+    ``is_plain``: nothing stands where keys are created, no key that exists shares its storage key, none is updated:
+    every block that nobody made up to be otherwise.
+    """
 
     storage_keys: list[bytes]
     held: list[bytes | None]
+    is_plain: bool
+
+    @classmethod
+    def of(cls, table: TableDiff, storage_keys: list[bytes], held: list[bytes | None]) -> _Places:
+        count = len(table.created_keys)
+        is_plain = (
+            table.schema.is_short
+            and not table.updated_keys
+            and held[:count].count(None) == count
+            and all(value is not None and value[0] == 1 for value in held[count:])
+            and len(set(storage_keys)) == len(storage_keys)
+        )
+        return cls(storage_keys, held, is_plain)
 
 
 def _keys_of(table: TableDiff) -> list[bytes]:
@@ -162,8 +179,10 @@ def _effect(diff: Diff, places: Mapping[int, _Places]) -> Effect:
     for table_id, table in diff.tables.items():
         place = places[table_id]
         writes |= _stored_writes(table, place)
-        count = len(table.created_keys)
-        fresh.update(at for at, held in zip(place.storage_keys[:count], place.held, strict=False) if held is None)
+        created = place.storage_keys[: len(table.created_keys)]
+        fresh.update(
+            created if place.is_plain else (at for at, held in zip(created, place.held, strict=False) if held is None)
+        )
     return Effect(writes=writes, fresh=frozenset(fresh))
 
 
@@ -173,24 +192,20 @@ def _stored_writes(diff: TableDiff, place: _Places) -> Writes:
     count = len(diff.created_keys)
     created, others = place.storage_keys[:count], place.storage_keys[count:]
     writes: Writes
-    if not schema.is_short:
-        writes = dict(zip(created, diff.created_values, strict=True))
-        writes.update(zip(others, diff.updated_afters, strict=False))
-        writes.update(dict.fromkeys(others[len(diff.updated_keys) :]))
+    if place.is_plain:
+        start, stop = schema.short_at, schema.route_bytes
+        writes = {
+            at: b"\x01" + key[start:stop] + value
+            for at, key, value in zip(created, diff.created_keys, diff.created_values, strict=True)
+        }
+        writes.update(dict.fromkeys(others))
         return writes
-    start, stop = schema.short_at, schema.route_bytes
-    writes = {
-        at: b"\x01" + key[start:stop] + value
-        for at, key, value in zip(created, diff.created_keys, diff.created_values, strict=True)
-    }
-    writes.update(dict.fromkeys(others))
-    is_plain = (
-        not diff.updated_keys
-        and len(writes) == len(place.storage_keys)
-        and place.held[:count].count(None) == count
-        and not _are_shared(place.held[count:])
-    )
-    return writes if is_plain else _shared_writes(diff, place)
+    if schema.is_short:
+        return _shared_writes(diff, place)
+    writes = dict(zip(created, diff.created_values, strict=True))
+    writes.update(zip(others, diff.updated_afters, strict=False))
+    writes.update(dict.fromkeys(others[len(diff.updated_keys) :]))
+    return writes
 
 
 def _shared_writes(diff: TableDiff, place: _Places) -> Writes:
@@ -219,16 +234,11 @@ def _run(schema: Schema, ops: Ops, after: dict[bytes, bytes | None], ref: BlockR
     return list(after.values())
 
 
-def _are_shared(held: Iterable[bytes | None]) -> bool:
-    return any(value is not None and value[0] != 1 for value in held)
-
-
 def _shared(diff: TableDiff, place: _Places) -> frozenset[bytes]:
     """Keys that exist and share their short key with others, before the block."""
-    count = len(diff.created_keys)
-    if not diff.schema.is_short or not _are_shared(place.held[count:]):
+    if place.is_plain or not diff.schema.is_short:
         return frozenset()
-    existing = zip([*diff.updated_keys, *diff.deleted_keys], place.held[count:], strict=True)
+    existing = zip([*diff.updated_keys, *diff.deleted_keys], place.held[len(diff.created_keys) :], strict=True)
     return frozenset(key for key, value in existing if value is not None and value[0] != 1)
 
 

@@ -155,16 +155,32 @@ class References:
 # Encoding
 
 
-def encode_whole(diff: TableDiff) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Created:
+    """The columns that both forms have in common, made once for both."""
+
+    keys: bytes
+    values: bytes
+
+    @classmethod
+    def of(cls, diff: TableDiff) -> Created:
+        return cls(
+            keys=b"".join(_keys_column(diff.schema, diff.created_keys)),
+            values=b"".join(_values_column(diff.created_values)),
+        )
+
+
+def encode_whole(diff: TableDiff, created: Created | None = None) -> bytes:
     """One table's changes in whole form. This is also the canonical content that ids are made of."""
     schema = diff.schema
+    created = created or Created.of(diff)
     return b"".join(
         (
             _counts(diff),
-            *_keys_column(schema, diff.created_keys),
+            created.keys,
             *_keys_column(schema, diff.updated_keys),
             *_keys_column(schema, diff.deleted_keys),
-            *_values_column(diff.created_values),
+            created.values,
             *_values_column(diff.updated_befores),
             *_values_column(diff.updated_afters),
             *_values_column(diff.deleted_befores),
@@ -172,15 +188,16 @@ def encode_whole(diff: TableDiff) -> bytes:
     )
 
 
-def encode_references(diff: TableDiff, shared: frozenset[bytes] | set[bytes]) -> bytes:
+def encode_references(diff: TableDiff, shared: frozenset[bytes] | set[bytes], created: Created | None = None) -> bytes:
     """One table's changes in reference form. ``shared``: the whole keys, among those updated and deleted, whose short
     key is not unique in the state before the block."""
     schema = diff.schema
+    created = created or Created.of(diff)
     return b"".join(
         (
             _counts(diff),
-            *_keys_column(schema, diff.created_keys),
-            *_values_column(diff.created_values),
+            created.keys,
+            created.values,
             *_references_column(schema, diff.updated_keys, shared),
             *_values_column(diff.updated_afters),
             *_references_column(schema, diff.deleted_keys, shared),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from pipeline.commitment import lthash
-from pipeline.delta import References, TableDiff, decode_references, decode_whole, encode_whole, table_diff
+from pipeline.delta import Created, References, TableDiff, decode_references, decode_whole, encode_whole, table_diff
 from pipeline.errors import FrameCorrupt, Unsupported
 from pipeline.state import SCHEMAS, Change
 
@@ -39,9 +39,16 @@ class Diff:
     def inverted(self) -> Diff:
         return Diff(tables={table_id: table.inverted() for table_id, table in self.tables.items()})
 
-    def encode(self) -> WholeBody:
+    def created(self) -> dict[int, Created]:
+        """The columns that the whole and the reference form share: for whoever encodes both."""
+        return {table_id: Created.of(table) for table_id, table in self.tables.items()}
+
+    def encode(self, created: Mapping[int, Created] | None = None) -> WholeBody:
         """The diff's columns in whole form, with the digest of each table's."""
-        return WholeBody.of({table_id: encode_whole(self.tables[table_id]) for table_id in sorted(self.tables)})
+        created = created or {}
+        return WholeBody.of(
+            {table_id: encode_whole(self.tables[table_id], created.get(table_id)) for table_id in sorted(self.tables)}
+        )
 
     def count(self, counts: Mapping[int, int]) -> dict[int, int]:
         """How many keys each table has after this diff, from how many before."""

@@ -124,7 +124,8 @@ class Primary:
             seq=self.ahead.seq + 1,
             counts=applied.diff.count(before.counts),
         )
-        body = applied.diff.encode()
+        created = applied.diff.created()
+        body = applied.diff.encode(created)
         header = replace(
             self._header(Kind.APPLY, number, done, after),
             ref=block.ref,
@@ -135,7 +136,7 @@ class Primary:
         header = replace(header, frame_id=frame.frame_id(header, body.digests))
         whole = frame.encode(as_whole(header), join_tables(body.columns))
         references = {
-            table_id: encode_references(table, applied.shared[table_id])
+            table_id: encode_references(table, applied.shared[table_id], created[table_id])
             for table_id, table in applied.diff.tables.items()
         }
         step = Step(header=header, effect=applied.effect, before=before, after=after, whole=whole)

@@ -90,6 +90,7 @@ def watch_pipeline(stopwatch: Stopwatch) -> None:
     stopwatch.watch(RocksStore, "get", READ)
     stopwatch.watch(primary, "apply_block", NET)
     stopwatch.watch(Diff, "advance", LTHASH)
+    stopwatch.watch(Diff, "created", WIRE)
     stopwatch.watch(Diff, "encode", WHOLE)
     stopwatch.watch(frame, "frame_id", WHOLE)
     stopwatch.watch(frame, "encode", _frame_stage)
