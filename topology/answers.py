@@ -9,10 +9,14 @@ import time
 from typing import Any
 
 from pipeline.errors import AuditFailed, StoreCorrupt
+from pipeline.objects import open_objects
+from pipeline.replica import Replica
 from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import Audited, Proof
 from topology import reads, snapshotter, verifier
+from topology.archiver import Archiver
 from topology.data_dir import DataDir
+from topology.node import Role
 
 
 async def prove(store: RocksStore, data_dir: DataDir) -> tuple[Proof, Audited]:
@@ -57,6 +61,17 @@ async def snapshot(store: RocksStore, data_dir: DataDir, objects_url: str, heigh
         "manifest": manifest.name,
         "seconds": round(time.monotonic() - started_s, 3),
     }
+
+
+def flush_archive(store: RocksStore, objects_url: str) -> None:
+    """Archive all final blocks of a store that was a primary's last: what a running one does for itself."""
+    view = reads.View.of(store)
+    if view.role != Role.PRIMARY.value:
+        return
+    replica = Replica(store, view.meta, archives=True)
+    archiver = Archiver(open_objects(objects_url))
+    while archiver.advance(replica, proven=view.proof.proven, flush=True):
+        replica.commit()
 
 
 def _position(store: RocksStore) -> tuple[Any, Proof]:

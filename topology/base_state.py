@@ -43,7 +43,7 @@ def republish(objects: ObjectStore, manifest: Manifest, generation: Generation) 
     that either generation can be deleted without the other."""
     tip = manifest.tip
     resume = base_resume(with_base(generation, manifest), tip.vectors, tip.counts, manifest.resume.finality)
-    copy = Manifest(generation_number=generation.number, resume=resume, parts=manifest.parts)
+    copy = Manifest(resume=resume, parts=manifest.parts)
     with tempfile.TemporaryDirectory() as scratch:
         for part in manifest.parts:
             path = Path(scratch) / part.name

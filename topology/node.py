@@ -42,7 +42,7 @@ from pipeline.inlet import NO_SOURCE, EventReader, SourcePosition, mends
 from pipeline.position import LogMark, Meta, decode_meta, encode_meta
 from pipeline.primary import Primary, epoch_frame
 from pipeline.replica import Applied, Ended, Outcome, Reign, Replica, Step, Void
-from pipeline.stores.base import META_KEY, PROOF_KEY, Batch
+from pipeline.stores.base import META_KEY, PROOF_KEY, ROLE_KEY, Batch
 from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import Proof, decode_proof, encode_proof
 from topology import logs, topics
@@ -151,6 +151,8 @@ class Node:
             # A base state, published before the opening was: it takes finality and shards from there.
             meta = self._base_meta()
             self.store.write(Batch(meta={META_KEY: encode_meta(meta)}))
+        if self.store.get_meta(ROLE_KEY) != self.role.value.encode():
+            self.store.write(Batch(meta={ROLE_KEY: self.role.value.encode()}))
         self.proof = decode_proof(self.store.get_meta(PROOF_KEY))
         self.replica = Replica(self.store, meta, archives=self.role is Role.PRIMARY)
         self._committed = meta

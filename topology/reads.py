@@ -15,7 +15,7 @@ from pipeline.errors import NotFound, StoreCorrupt, UsageError
 from pipeline.position import Meta, decode_meta
 from pipeline.sources import coins
 from pipeline.state import SCHEMAS, UTXO, Schema, schema_of_storage_key
-from pipeline.stores.base import META_KEY, PROOF_KEY, Store
+from pipeline.stores.base import META_KEY, PROOF_KEY, ROLE_KEY, Store
 from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import Proof, decode_proof
 
@@ -29,13 +29,19 @@ class View:
     store: RocksStore
     meta: Meta
     proof: Proof
+    role: str  # as which it was run last; empty: never
 
     @classmethod
     def of(cls, store: RocksStore) -> View:
         data = store.get_meta(META_KEY)
         if data is None:
             raise StoreCorrupt("the store has no position", where=str(store.path), way_out="restore it from a snapshot")
-        return cls(store=store, meta=decode_meta(data), proof=decode_proof(store.get_meta(PROOF_KEY)))
+        return cls(
+            store=store,
+            meta=decode_meta(data),
+            proof=decode_proof(store.get_meta(PROOF_KEY)),
+            role=(store.get_meta(ROLE_KEY) or b"").decode(),
+        )
 
 
 def position(meta: Meta, proof: Proof) -> dict[str, Any]:

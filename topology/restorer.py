@@ -105,8 +105,8 @@ def plan_restore(
 ) -> RestorePlan:
     """What a restore would fetch; reads names, and one manifest of each generation.
 
-    ``chain`` None: the only one there is. ``generation`` None: the newest that leads to ``height``. Raises NotFound, UsageError (several chains), ManifestCorrupt, Unsupported,
-    ArchiveConflict.
+    ``chain`` None: the only one there is. ``generation`` None: the newest that leads to ``height``. Raises NotFound,
+    UsageError (several chains), ManifestCorrupt, Unsupported, ArchiveConflict.
     """
     manifests: list[ManifestName] = []
     segments: list[SegmentObject] = []

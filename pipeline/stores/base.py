@@ -17,6 +17,7 @@ FORMAT_VERSION = 1
 META_KEY = b"meta"
 PROOF_KEY = b"proof"
 FORMAT_KEY = b"format"
+ROLE_KEY = b"role"  # as which the store was run last: only a primary feeds the archive
 
 
 @dataclass(slots=True, kw_only=True)

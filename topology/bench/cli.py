@@ -10,6 +10,8 @@ import click
 
 from topology.bench import apply as apply_bench
 from topology.bench import loads, report
+from topology.bench import reads as reads_bench
+from topology.bench import wire as wire_bench
 
 
 def _common(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,3 +63,31 @@ def apply(blocks: int | None, sizes: tuple[int, ...], data: Path, quick: bool, a
         data=data,
     )
     report.show("bench apply", rows, as_json=as_json, notes=_notes(data))
+
+
+@bench.command()
+@click.option("--blocks", type=click.IntRange(3), help="Blocks of each synthetic load.", show_default="30")
+@_data
+@_common
+def wire(blocks: int | None, data: Path, quick: bool, as_json: bool) -> None:
+    """Bytes a change on the wire, in several encodings."""
+    rows = wire_bench.run(
+        blocks=blocks or (6 if quick else wire_bench.BLOCKS),
+        sizes=(2_000,) if quick else wire_bench.SIZES,
+        repeats=4 if quick else wire_bench.REPEATS,
+        data=data,
+    )
+    report.show("bench wire", rows, as_json=as_json, notes=_notes(data))
+
+
+@bench.command()
+@click.option("--keys", type=click.IntRange(1), help="Keys in the store.", show_default="1000000")
+@click.option("--lookups", type=click.IntRange(1), help="Lookups of each row.", show_default="200000")
+@_common
+def reads(keys: int | None, lookups: int | None, quick: bool, as_json: bool) -> None:
+    """Random lookups, single and batched, hits and misses."""
+    rows = reads_bench.run(
+        keys=keys or (50_000 if quick else reads_bench.KEYS),
+        lookups=lookups or (20_000 if quick else reads_bench.LOOKUPS),
+    )
+    report.show("bench reads", rows, as_json=as_json)

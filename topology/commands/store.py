@@ -27,7 +27,7 @@ def status(settings: Settings, as_json: bool) -> None:
     document = ask_worker(settings, {"what": "status"})
     if document is None:
         with opened_view(settings) as view:
-            document = reads.status(view.meta, view.proof) | {"role": "none", "running": False}
+            document = reads.status(view.meta, view.proof) | {"role": view.role or None, "running": False}
     document["snapshots"] = _snapshots(settings, document["chain"])
     emit(document, as_json=as_json, text=lambda: rows(document))
 
@@ -127,5 +127,6 @@ def snapshot(settings: Settings, height: int | None, as_json: bool) -> None:
     document = ask_worker(settings, {"what": "snapshot", "height": height})
     if document is None:
         with owned_store(settings) as (data_dir, store):
+            answers.flush_archive(store, settings.objects_url)
             document = asyncio.run(answers.snapshot(store, data_dir, settings.objects_url, height))
     emit(document, as_json=as_json, text=lambda: rows(document))

@@ -182,7 +182,7 @@ class GroupConsumer(consumer.Consumer):  # type: ignore[misc]
         """Wait until Faust finished the last rebalance: stores that it opens must be whole to be closed."""
         deadline_s = self.loop.time() + self.app.conf.broker_rebalance_timeout
         # Faust only has a flag for this, no event.
-        while self.app.rebalancing and not self.should_stop and self.loop.time() < deadline_s:  # noqa: ASYNC110
+        while self.app.rebalancing and not self.should_stop and self.loop.time() < deadline_s:
             await asyncio.sleep(_SYNC_POLL_S)
 
     def assignment(self) -> set[TP]:

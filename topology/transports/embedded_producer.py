@@ -51,7 +51,7 @@ class Producer(producer.Producer):  # type: ignore[misc]
             await asyncio.to_thread(log.close)
         await self._all_sent()
 
-    async def send(  # noqa: PLR0917
+    async def send(
         self,
         topic: str,
         key: bytes | None,
