@@ -36,7 +36,7 @@ def _snapshots(settings: Settings, chain: str) -> list[dict[str, Any]]:
     """Positions of the snapshots in the object store, newest last."""
     names = (parse_manifest_name(info.name) for info in open_objects(settings.objects_url).list(f"{chain}/"))
     found = sorted((name for name in names if name is not None), key=lambda name: name.height)
-    return [{"height": name.height, "root": name.root_start, "generation": name.generation.hex()} for name in found]
+    return [{"height": name.height, "root": name.root_start.hex(), "generation": name.generation.hex()} for name in found]
 
 
 @click.command()
