@@ -132,13 +132,17 @@ def plan(manifests: Sequence[Manifest], segments: Sequence[SegmentObject], heigh
         for manifest in manifests
         if height is None or manifest.height <= height
     ]
-    archived = {segment.name.generation for segment in segments}
-    starts += [(numbers.get(generation, 1), BEFORE_FIRST_HEIGHT, generation, None) for generation in archived]
+    # Only the first generation can begin before the first block; later ones begin from a manifest.
+    archived = {segment.name.generation for segment in segments if numbers.get(segment.name.generation, 1) == 1}
+    starts += [(1, BEFORE_FIRST_HEIGHT, generation, None) for generation in archived]
     missing = ""
     for _, at, generation, manifest in sorted(starts, key=lambda start: start[:3], reverse=True):
         here = [segment for segment in segments if segment.name.generation == generation]
         if manifest is None:
             at = min(segment.name.first for segment in here) - 1
+            if height is not None and height <= at:
+                missing = missing or f": the archive begins at height {at + 1}"
+                continue
         hops, reached = _lead(here, at, height)
         if height is None or reached == height:
             chain_id = here[0].name.chain_id if manifest is None else manifest.chain_id

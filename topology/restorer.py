@@ -29,6 +29,7 @@ from pipeline.archive import Segment, SegmentName, parse_segment_name
 from pipeline.block import BlockRef
 from pipeline.errors import (
     AuditFailed,
+    CorruptInput,
     Diverged,
     ManifestCorrupt,
     NotEmpty,
@@ -200,7 +201,7 @@ class _Restorer:
         else:
             try:
                 meta, manifest_name = self._restore()
-            except (Diverged, NotFound):
+            except (CorruptInput, Diverged, NotFound):
                 shutil.rmtree(self.work, ignore_errors=True)  # what was planned and fetched leads nowhere
                 raise
         proof = Proof(proven=False)

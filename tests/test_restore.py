@@ -1,0 +1,391 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.archive import SegmentName, parse_segment_name
+from pipeline.errors import (
+    ArchiveConflict,
+    AuditFailed,
+    ManifestCorrupt,
+    NotEmpty,
+    NotFound,
+    PartCorrupt,
+    SegmentCorrupt,
+    StateferryError,
+    UsageError,
+)
+from pipeline.objects import LocalObjects, MemoryObjects
+from pipeline.position import Meta
+from pipeline.restore import SUCCESSORS, SegmentObject, Stage, newest_names, plan
+from pipeline.snapshot import Manifest, ManifestName, encode_manifest
+from pipeline.stores.base import PROOF_KEY
+from pipeline.stores.rocksdb import RocksStore
+from pipeline.verify import decode_proof
+from tests.ferries import Ferry, Killed, held, kill_at, make_ferry, opened
+from tests.walks import GENERATION, Node, content
+from topology.restorer import Progress, plan_restore, restore
+
+__all__ = ["kill_at"]
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def ferry(tmp_path_factory: pytest.TempPathFactory) -> Ferry:
+    return make_ferry(tmp_path_factory.mktemp("ferry"))
+
+
+@pytest.fixture
+def objects(ferry: Ferry, tmp_path: Path) -> LocalObjects:
+    """A copy that a test may damage."""
+    copy = LocalObjects(tmp_path / "objects")
+    for info in ferry.objects.list():
+        copy.put_new(info.name, ferry.objects.get(info.name))
+    return copy
+
+
+def edit(objects: LocalObjects, name: str, change: Callable[[bytes], bytes]) -> None:
+    data = objects.get(name)
+    objects.delete(name)
+    objects.put_new(name, change(data))
+
+
+def flip(at: int) -> Callable[[bytes], bytes]:
+    def flipped(data: bytes) -> bytes:
+        place = at % len(data)
+        return data[:place] + bytes([data[place] ^ 1 << at % 8]) + data[place + 1 :]
+
+    return flipped
+
+
+def follow_on(ferry: Ferry, data_dir: Path) -> tuple[Meta, object]:
+    """A restored node follows the rest of the log."""
+    with opened(data_dir) as store:
+        node = Node(ferry.driven.wire, store)
+        node.follow_and_commit()
+        return node.meta, content(store)
+
+
+def comparable(meta: Meta) -> Meta:
+    """Without how far back one node could go."""
+    return replace(meta, base_height=0, journal_first_seq=0, journal_first_height=0, archived_to=0)
+
+
+def test_every_height(ferry: Ferry, tmp_path: Path) -> None:
+    """Any archived height can be restored; the state and root are the source's, and the node can follow the rest of
+    the log to where the source is."""
+    source = ferry.node.meta
+    heights = range(source.final_height + 1)
+    for height in (
+        heights if os.environ.get("STATEFERRY_ALL_HEIGHTS") else {*heights[::9], *heights[60:68], heights[-1]}
+    ):
+        data_dir = tmp_path / str(height)
+        restored = restore(ferry.objects, data_dir, height=height, claimed=True)
+        meta, state = held(data_dir)
+        header = ferry.headers[height]
+
+        assert restored.meta == meta
+        assert (meta.tip.ref, meta.tip.root) == (header.ref, header.post_root)
+        assert (meta.base_height, meta.final_height, meta.archived_to) == (height, height, height + 1)
+        assert state == ferry.content_at(height)
+        meta, state = follow_on(ferry, data_dir)
+        assert comparable(meta) == comparable(source)
+        assert state == content(ferry.store)
+
+
+def test_newest_and_proven(ferry: Ferry, tmp_path: Path) -> None:
+    """Without a height it goes as far as the archive leads, and proves what it has."""
+    seen: list[Progress] = []
+    restored = restore(ferry.objects, tmp_path, progress=seen.append)
+
+    assert restored.ref.height == ferry.node.meta.final_height
+    assert restored.proof.proven
+    assert restored.manifest_name == ferry.manifests[-1].name
+    assert restored.keys == len(ferry.content_at(restored.ref.height))
+    assert not (tmp_path / "restoring").exists()
+    assert [progress.stage for progress in seen] == sorted((p.stage for p in seen), key=list(Stage).index)
+    with opened(tmp_path) as store:
+        assert decode_proof(store.get_meta(PROOF_KEY)) == restored.proof
+
+
+def test_claimed_stays_claimed(ferry: Ferry, tmp_path: Path) -> None:
+    """Only hashing every key makes a state proven."""
+    restore(ferry.objects, tmp_path, claimed=True)
+
+    with opened(tmp_path) as store:
+        assert not decode_proof(store.get_meta(PROOF_KEY)).proven
+
+
+def test_from_the_archive_alone(ferry: Ferry, objects: LocalObjects, tmp_path: Path) -> None:
+    """Without any snapshot, segments from the first block on are enough; with a hole, they are not."""
+    for manifest in ferry.manifests:
+        objects.delete(manifest.name)
+    restored = restore(objects, tmp_path / "restored")
+
+    assert restored.proof.proven
+    assert restored.ref.height == ferry.node.meta.final_height
+    assert comparable(follow_on(ferry, tmp_path / "restored")[0]) == comparable(ferry.node.meta)
+    first = next(info.name for info in objects.list() if parse_segment_name(info.name))
+    objects.delete(first)
+    with pytest.raises(NotFound, match="first block"):
+        restore(objects, tmp_path / "other")
+    assert not (tmp_path / "other" / "store").exists()
+
+
+@pytest.mark.parametrize("at", [0, 3, 17, 100, 999, 12345])
+def test_flipped_bits(ferry: Ferry, objects: LocalObjects, tmp_path: Path, at: int) -> None:
+    """Each damaged object is refused with its own error, and there is no store."""
+    manifest = ferry.manifests[1]
+    segment = next(
+        info.name for info in objects.list() if (name := parse_segment_name(info.name)) and name.first > manifest.height
+    )
+    for name, error in (
+        (manifest.part_name(manifest.parts[-1]), PartCorrupt),
+        (segment, SegmentCorrupt),
+        (manifest.name, ManifestCorrupt),
+    ):
+        found = parse_segment_name(name)
+        height = manifest.height if found is None else found.last
+        edit(objects, name, flip(at))
+        objects_seen = [] if found is None else [one for one in ferry.manifests if one.height > manifest.height]
+        for one in objects_seen:
+            objects.delete(one.name)
+        with pytest.raises(error) as caught:
+            restore(objects, tmp_path / "restored", height=height)
+        assert name in caught.value.where
+        assert not (tmp_path / "restored" / "store").exists()
+        edit(objects, name, flip(at))
+    restored = restore(objects, tmp_path / "restored", height=manifest.height)
+    assert restored.proof.proven
+
+
+def test_foreign_objects(ferry: Ferry, objects: LocalObjects, tmp_path: Path) -> None:
+    """Another snapshot's part, segment or manifest under a name is refused, however sound it is by itself."""
+    one, other = ferry.manifests[:2]
+    part = one.part_name(one.parts[0])
+    foreign = objects.get(other.part_name(other.parts[-1]))
+    own = objects.get(part)
+    edit(objects, part, lambda _: foreign)
+    with pytest.raises(PartCorrupt):
+        restore(objects, tmp_path / "restored", height=one.height)
+    edit(objects, part, lambda _: own)
+    edit(objects, one.name, lambda _: ferry.objects.get(other.name))
+    with pytest.raises(ManifestCorrupt, match="another name"):
+        restore(objects, tmp_path / "restored", height=one.height)
+    for manifest in ferry.manifests:
+        objects.delete(manifest.name)
+    names = [info.name for info in objects.list() if parse_segment_name(info.name)]
+    edit(objects, names[0], lambda _: ferry.objects.get(names[1]))
+    with pytest.raises(SegmentCorrupt, match="another's name"):
+        restore(objects, tmp_path / "restored", height=10)
+
+
+def test_a_part_of_another_state(ferry: Ferry, tmp_path: Path) -> None:
+    """A publisher who lies consistently is found when the keys are hashed: there is no store then."""
+    manifest, objects = ferry.manifests[1], MemoryObjects()
+    files = {part.name: ferry.objects.get(manifest.part_name(part)) for part in manifest.parts}
+    other = _with_first_value_changed(files[manifest.parts[0].name], tmp_path)
+    first = replace(
+        manifest.parts[0],
+        name=f"part-00000-{other[1][:8].hex()}.sst",
+        digest=other[1],
+        size_bytes=len(other[0]),
+    )
+    lie = replace(manifest, parts=(first, *manifest.parts[1:]))
+    objects.put_new(lie.name, encode_manifest(lie))
+    objects.put_new(lie.part_name(first), other[0])
+    for part in lie.parts[1:]:
+        objects.put_new(lie.part_name(part), files[part.name])
+
+    with pytest.raises((AuditFailed, StateferryError)) as caught:
+        restore(objects, tmp_path / "restored")
+    assert caught.value.name in ("AuditFailed", "StoreCorrupt")
+    assert not (tmp_path / "restored" / "store").exists()
+    assert not restore(objects, tmp_path / "restored", claimed=True).proof.proven
+
+
+def _with_first_value_changed(data: bytes, folder: Path) -> tuple[bytes, bytes]:
+    from pipeline.snapshot import write_parts  # noqa: PLC0415
+
+    folder = folder / "forging"
+    folder.mkdir()
+    (folder / "part.sst").write_bytes(data)
+    store = RocksStore(folder / "store")
+    store.ingest([folder / "part.sst"])
+    entries = list(store.scan())
+    store.close()
+    key, value = entries[0]
+    forged = [(key, value[:-1] + bytes([value[-1] ^ 1])), *entries[1:]]
+    (one,) = write_parts(forged, folder, raw_bytes_max=1 << 20)
+    return one.path.read_bytes(), one.part.digest
+
+
+def test_not_empty(ferry: Ferry, tmp_path: Path) -> None:
+    """What is there is not overwritten."""
+    restore(ferry.objects, tmp_path, height=5, claimed=True)
+    before = held(tmp_path)
+
+    for height in (5, 6, None):
+        with pytest.raises(NotEmpty):
+            restore(ferry.objects, tmp_path, height=height)
+    assert held(tmp_path) == before
+
+
+PLACES = [
+    ("restore.planned", 1),
+    ("restore.part_fetched", 2),
+    ("restore.before_ingest", 1),
+    ("restore.after_ingest", 1),
+    ("restore.frame_applied", 3),
+    ("prove.hashed", 1),
+]
+
+
+@pytest.mark.parametrize(("place", "hit"), PLACES)
+def test_killed_for_real(ferry: Ferry, tmp_path: Path, place: str, hit: int) -> None:
+    """A process killed at any stage is taken up where it was, and nothing that was checked is fetched again."""
+    height = ferry.manifests[1].height + 5
+    code = (
+        "import sys; from pathlib import Path; from pipeline.objects import open_objects;"
+        "from topology.restorer import restore; from topology.settings import arm_failpoint;"
+        "arm_failpoint(sys.argv[1]);"
+        "restore(open_objects(sys.argv[2]), Path(sys.argv[3]), height=int(sys.argv[4]))"
+    )
+    url, data_dir = f"file://{ferry.objects_path}", tmp_path / "restored"
+    arguments = [f"{place}:{hit}", url, str(data_dir), str(height)]
+    killed = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=False)
+    assert killed.returncode == -9
+    here = {path.name for path in data_dir.glob("restoring/parts/*.sst")}
+    restored = restore(ferry.objects, data_dir, height=height)
+
+    assert restored.proof.proven
+    assert held(data_dir)[1] == ferry.content_at(height)
+    manifest = ferry.manifests[1]
+    needed = plan_restore(ferry.objects, height=height).size_bytes
+    if place in ("restore.planned", "restore.part_fetched"):
+        kept = sum(part.size_bytes for part in manifest.parts if part.name in here)
+        assert restored.fetched_bytes <= needed - kept
+        assert bool(here) is (place != "restore.planned")
+    else:
+        assert restored.fetched_bytes == 0
+
+
+def test_another_request_starts_over(ferry: Ferry, tmp_path: Path, kill_at: Callable[[str, int], None]) -> None:
+    """What an interrupted restore left is of no use to another request."""
+    kill_at("restore.frame_applied", 1)
+    with pytest.raises(Killed):
+        restore(ferry.objects, tmp_path, height=ferry.manifests[1].height + 3)
+    restored = restore(ferry.objects, tmp_path, height=7, claimed=True)
+
+    assert restored.ref.height == 7
+    assert held(tmp_path)[1] == ferry.content_at(7)
+
+
+def test_what_is_missing_is_named(ferry: Ferry, objects: LocalObjects, tmp_path: Path) -> None:
+    """Heights above the archive, other chains, and lost parts."""
+    top = ferry.node.meta.final_height
+    with pytest.raises(NotFound, match=f"block {top + 1} is missing"):
+        restore(objects, tmp_path / "restored", height=top + 1)
+    with pytest.raises(NotFound, match="no snapshot"):
+        restore(objects, tmp_path / "restored", chain="other")
+    manifest = ferry.manifests[0]
+    objects.delete(manifest.part_name(manifest.parts[0]))
+    with pytest.raises(NotFound, match=manifest.parts[0].name):
+        restore(objects, tmp_path / "restored", height=manifest.height)
+    assert not (tmp_path / "restored" / "restoring").exists()
+
+
+def test_several_chains(objects: LocalObjects, tmp_path: Path) -> None:
+    """Which chain must be said, if there are several."""
+    objects.put_new(str(SegmentName("zoo", b"z" * 16, 0, 0, 1)), b"")
+
+    with pytest.raises(UsageError, match="walk, zoo"):
+        restore(objects, tmp_path / "restored")
+    assert restore(objects, tmp_path / "restored", chain="walk", height=3, claimed=True).ref.height == 3
+
+
+def test_plan(ferry: Ferry) -> None:
+    """The newest snapshot below the height, then the fewest segments that lead there; sizes are summed up."""
+    manifest = ferry.manifests[1]
+    height = manifest.height + 70
+    height = min(height, ferry.node.meta.final_height)
+    planned = plan_restore(ferry.objects, height=height)
+    newest = max((one for one in ferry.manifests if one.height <= height), key=lambda one: one.height)
+
+    assert planned.manifest == newest
+    assert (planned.height, planned.frames) == (height, height - newest.height)
+    assert planned.requests == len(newest.parts) + len(planned.segments)
+    assert planned.size_bytes == newest.size_bytes + sum(
+        ferry.objects.size(str(segment.name)) for segment in planned.segments
+    )
+
+
+def at(manifest: Manifest, generation: int, height: int) -> Manifest:
+    tip = manifest.tip
+    assert tip.ref is not None
+    number = bytes([generation]) * 16
+    resume = replace(
+        manifest.resume,
+        generation=number,
+        generation_number=generation,
+        tip=replace(tip, ref=replace(tip.ref, height=height)),
+    )
+    return replace(manifest, resume=resume)
+
+
+def segments(generation: int, *spans: tuple[int, int]) -> list[SegmentObject]:
+    return [SegmentObject(SegmentName("walk", bytes([generation]) * 16, 0, *span), 1) for span in spans]
+
+
+def test_plan_over_generations(ferry: Ferry) -> None:
+    """A newer generation is preferred, where it leads to the height; else an older one."""
+    model = ferry.manifests[0]
+    manifests = [at(model, 1, 100), at(model, 2, 400)]
+    archive = [
+        *segments(1, (0, 63), (64, 127), (128, 191), (100, 191)),
+        *segments(2, (401, 447), (401, 500), (501, 511)),
+    ]
+
+    def found(height: int | None) -> tuple[int, int, int, list[tuple[int, int]]]:
+        planned = plan(manifests, archive, height)
+        start = -1 if planned.manifest is None else planned.manifest.height
+        spans = [(segment.name.first, segment.name.last) for segment in planned.segments]
+        return planned.generation[0], start, planned.height, spans
+
+    assert found(None) == (2, 400, 511, [(401, 500), (501, 511)])
+    assert found(400) == (2, 400, 400, [])
+    assert found(450) == (2, 400, 450, [(401, 500)])
+    assert found(191) == (1, 100, 191, [(100, 191)])
+    assert found(99) == (1, -1, 99, [(0, 63), (64, 127)])
+    for missing in (192, 399, 512):
+        with pytest.raises(NotFound):
+            found(missing)
+    with pytest.raises(NotFound):
+        plan([], [], None)
+
+
+def test_two_snapshots_of_one_height() -> None:
+    """Two roots at one height are a divergence, and nobody chooses."""
+    names = [
+        ManifestName("walk", GENERATION.generation, height, root) for height, root in ((1, b"a" * 8), (2, b"a" * 8))
+    ]
+
+    assert newest_names(names, None) == names[1:]
+    assert newest_names(names, 1) == names[:1]
+    with pytest.raises(ArchiveConflict):
+        newest_names([*names, names[1]._replace(root_start=b"b" * 8)], None)
+
+
+def test_stages() -> None:
+    """Stages follow each other in their order, to the end."""
+    stages = list(Stage)
+
+    for one, following in zip(stages, stages[1:], strict=False):  # noqa: RUF007
+        assert one.may_lead_to(following)
+    assert set(SUCCESSORS) == set(stages)
+    assert not Stage.PROVEN.may_lead_to(Stage.PLAN)
