@@ -129,6 +129,7 @@ class Node:
         self._uncommitted: list[Step] = []
         self._skip_blocks_to = 0
         self._opened = False
+        self._started = False  # the ends of the topics are known
         self.archiver: Archiver | None = None
 
     # Opening and closing
@@ -208,6 +209,7 @@ class Node:
             _, self.ends.blocks = await self.broker.bounds(self.generation.blocks_topic, 0)
             offsets[self.generation.blocks_topic] = self.next_blocks
         self.last_progress_s = time.monotonic()
+        self._started = True
         return offsets
 
     def _drop_lead(self) -> None:
@@ -481,7 +483,7 @@ class Node:
     @property
     def has_consumed_all(self) -> bool:
         """Whether everything that was in the topics at the start is consumed, and own frames are committed."""
-        if self.next_diffs < self.ends.diffs or self._uncommitted or self._commit_is_due:
+        if not self._started or self.next_diffs < self.ends.diffs or self._uncommitted or self._commit_is_due:
             return False
         if self.role is Role.REPLICA:
             return True
