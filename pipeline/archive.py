@@ -32,7 +32,7 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from struct import Struct
 from typing import NamedTuple
 
@@ -166,7 +166,7 @@ class Committed:
 
 def resume_record(meta: Meta) -> Meta:
     """A meta as resume records keep it: how far one node's journal and archive reach is no part of history."""
-    return replace(meta, journal_first_seq=0, journal_first_height=0, archived_to=0)
+    return meta.common()
 
 
 def build_segment(frames: Sequence[bytes], resume: Meta) -> bytes:

@@ -70,7 +70,8 @@ EMPTY_TIP = Tip(ref=None, vectors=EMPTY_VECTORS, seq=0)
 class Meta:
     """A store's position, links and marks.
 
-    * ``final_height`` never goes back: it follows the highest tip ever, not the present one.
+    * ``final_height`` never goes back: it follows the highest tip ever, not the present one. ``highest`` is that of the
+      log, equal on every node; what a node saw in a log that is lost stays in its ``final_floor``.
     * ``tip.seq`` <= ``seq``; the journal holds every seq from ``journal_first_seq`` to ``seq``.
     """
 
@@ -95,20 +96,29 @@ class Meta:
     journal_first_seq: int = 1
     journal_first_height: int = 0  # lowest height of the current branch that the journal can take off
     archived_to: int = 0  # height of the next block that the archive wants
+    final_floor: int = BEFORE_FIRST_HEIGHT  # the final height that this node had when its log lost its end
 
     @property
     def final_height(self) -> int:
         """No block at or below it will be taken off."""
-        return max(self.highest - self.finality, self.base_height)
+        return max(self.highest - self.finality, self.base_height, self.final_floor)
+
+    def common(self) -> Meta:
+        """The meta without how far this node's own journal and archive reach: equal on all that followed one log."""
+        return replace(
+            self, journal_first_seq=0, journal_first_height=0, archived_to=0, final_floor=BEFORE_FIRST_HEIGHT
+        )
 
     def after(self, header: Header, tip: Tip, *, offset: int, digest: bytes) -> Meta:
         """The meta once a numbered frame, read at ``offset`` of diffs, is applied."""
         is_first = self.tip.ref is None  # of a chain without a base: the journal begins there, at whatever height
+        highest = max(self.highest, tip.height)
+        final = max(highest - self.finality, self.base_height)
         return replace(
             self,
             tip=tip,
             walk=header.walk,
-            highest=max(self.highest, tip.height),
+            highest=highest,
             seq=header.seq,
             frame_id=header.frame_id,
             source_epoch=header.source_epoch,
@@ -119,6 +129,7 @@ class Meta:
             ),
             journal_first_height=tip.height if is_first else self.journal_first_height,
             archived_to=tip.height if is_first else self.archived_to,
+            final_floor=self.final_floor if self.final_floor > final else BEFORE_FIRST_HEIGHT,
         ).with_diffs(offset=offset, digest=digest)
 
     def after_epoch(self, header: Header, *, offset: int, digest: bytes) -> Meta:
@@ -159,6 +170,7 @@ def encode_meta(meta: Meta) -> bytes:
         "journal_first_seq": meta.journal_first_seq,
         "journal_first_height": meta.journal_first_height,
         "archived_to": meta.archived_to,
+        "final_floor": meta.final_floor,
     }
     packed: bytes = msgpack.packb(fields, use_bin_type=True)
     return packed

@@ -244,9 +244,7 @@ class Replica:
         """The log made a pushed step valid: it belongs to the group now."""
         header, before = step.header, self.meta
         self.meta = before.after(header, step.after, offset=offset, digest=digest)
-        # How far this node's own journal and archive reach is no part of history: entries are the same on every node.
-        timeless = replace(before, journal_first_seq=0, journal_first_height=0, archived_to=0)
-        entry = journal.Entry(before=timeless, frame_bytes=step.whole)
+        entry = journal.Entry(before=before.common(), frame_bytes=step.whole)  # the same on every node
         self._undo[journal.entry_key(header.seq)] = journal.encode_entry(entry)
         at_height = journal.height_key(header.ref.height)
         self._undo[at_height] = None if header.kind is Kind.UNDO else header.seq.to_bytes(8, "big")
@@ -353,10 +351,10 @@ class Replica:
         back_at = entry.before.tip.seq.to_bytes(8, "big") if header.kind is Kind.UNDO else None
         self.meta = replace(
             entry.before,
-            highest=meta.highest,  # the final height never goes back
             journal_first_seq=meta.journal_first_seq,
             journal_first_height=meta.journal_first_height,
             archived_to=meta.archived_to,
+            final_floor=meta.final_height,  # it never goes back, whatever the log lost
         )
         self.store.write(
             Batch(

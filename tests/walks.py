@@ -17,7 +17,7 @@ from pipeline.codec import Codec
 from pipeline.generation import Generation, Opening, encode_opening
 from pipeline.position import Meta, decode_meta
 from pipeline.primary import Primary, Reading, epoch_frame
-from pipeline.replica import Applied, Outcome, Reign, Replica
+from pipeline.replica import Outcome, Reign, Replica
 from pipeline.state import schema_of_storage_key
 from pipeline.stores.base import META_KEY, Store
 from pipeline.stores.memory import MemoryStore
@@ -288,7 +288,3 @@ def drive(steps: list[Step], *, seed: int, store: Store | None = None, litter: b
     assert writer.primary is not None
     assert writer.primary.in_flight == writer.primary.proposed_bytes == writer.replica.group_bytes == 0
     return driven
-
-
-def applied(outcomes: list[Outcome]) -> list[frame.Header]:
-    return [outcome.step.header for outcome in outcomes if isinstance(outcome, Applied)]
