@@ -211,6 +211,7 @@ class RocksStore:
         """Idempotent. Nothing may be read or written afterwards."""
         if not self._closed:
             self._closed = True
+            self._handles = {}  # a handle left keeps the directory locked
             for handle in (self._state, self._undo, self._meta) if hasattr(self, "_meta") else ():
                 handle.close()
             if hasattr(self, "_db"):
