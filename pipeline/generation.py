@@ -203,9 +203,12 @@ def _fields(generation: Generation) -> dict[str, Any]:
 
 def _unpack(payload: bytes) -> Any:
     try:
-        return msgpack.unpackb(payload, raw=False, strict_map_key=True)
+        fields = msgpack.unpackb(payload, raw=False, strict_map_key=True)
     except (ValueError, msgpack.exceptions.UnpackException) as error:
         raise FrameCorrupt(f"a generation record is not a MessagePack map: {error}") from error
+    if not isinstance(fields, dict):
+        raise FrameCorrupt("a generation record is not a MessagePack map")
+    return fields
 
 
 def _generation(fields: Any) -> Generation:
