@@ -1,0 +1,127 @@
+"""Write the golden files of the version that this build writes. Run from `tests`: ``python golden/make.py v1``.
+
+Golden files are read for ever, so none is ever overwritten: to write a file again, delete it first, and only before
+the release that freezes its version. `tests/test_golden.py` says what each of them holds.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from walks import GENERATION, NO_PARENT, STAMP, Wire, Writer, block, coin, ref
+
+from pipeline import chunk, journal
+from pipeline.block import BlockRef, Connect, Event, Op, Rewind, SourceEpoch, encode_event
+from pipeline.codec import Codec
+from pipeline.generation import Generation, encode_end, encode_generation, encode_opening
+from pipeline.primary import Primary
+from pipeline.replica import Step
+from pipeline.stores.base import META_KEY
+from pipeline.stores.memory import MemoryStore
+
+COIN = b"\x02" + bytes(60)
+
+EVENTS: dict[str, Event] = {
+    "epoch": SourceEpoch(stamp=STAMP, resume_walk=1),
+    "connect_0": Connect(
+        stamp=STAMP,
+        walk=1,
+        block=block(
+            ref(0),
+            NO_PARENT,
+            (Op.CREATE, coin(1), b"one" + COIN),
+            (Op.CREATE, coin(1, 0, 1), b"two" + COIN),
+            (Op.CREATE, coin(1, 1, 2), b"three" + COIN),
+            (Op.CREATE, coin(2), COIN),
+        ),
+    ),
+    "connect_1": Connect(
+        stamp=STAMP,
+        walk=2,
+        block=block(
+            ref(1),
+            ref(0).block_hash,
+            (Op.DELETE, coin(1, 0, 1)),
+            (Op.PUT, coin(1, 1, 2), b""),
+            (Op.CREATE, coin(3), COIN),
+            (Op.CREATE, coin(4), COIN),
+            (Op.DELETE, coin(4)),
+        ),
+    ),
+    "rewind": Rewind(stamp=STAMP, walk=3, to=ref(0)),
+}
+
+SUCCESSOR = Generation(
+    generation=b"n" * 16,
+    chain_id="walk",
+    number=2,
+    previous=GENERATION.generation,
+    base=BlockRef(9, b"9" * 32),
+    base_vectors={1: bytes(range(256)) * 8},
+    base_counts={1: 5},
+    base_manifest="walk/manifest",
+)
+
+
+def steps(codec: Codec) -> tuple[Writer, list[tuple[Step, bytes]]]:
+    """What a writer makes of the events: each frame's step, and its bytes on the topic."""
+    writer = Writer(Wire())
+    writer.start()
+    writer.primary = Primary(writer.replica, codec=codec)
+    found = []
+    for offset, event in enumerate(EVENTS.values()):
+        before = len(writer.wire.records)
+        writer.propose(event, offset)
+        for record in writer.wire.records[before:]:
+            (outcome,) = writer.follow(1)
+            found.append((outcome.step, record))  # type: ignore[union-attr]
+    writer.replica.commit()
+    return writer, found
+
+
+def files() -> dict[str, bytes]:
+    """All golden files by name."""
+    made = {f"event_{name}": encode_event(event) for name, event in EVENTS.items()}
+    for codec in Codec:
+        for name, (_, record) in zip(("apply_0", "apply_1", "undo"), steps(codec)[1], strict=True):
+            if codec is Codec.ZSTD or name == "apply_0":
+                made[f"frame_{name}_{codec.name.lower()}"] = record
+    writer, found = steps(Codec.ZSTD)
+    made["frame_apply_1_whole"] = found[1][0].whole
+    made["frame_opening"], made["frame_epoch"] = writer.wire.records[:2]
+    made["frame_end"] = encode_end(
+        SUCCESSOR, epoch=2, writer=b"v" * 16, generation=GENERATION.generation, chain_id="walk"
+    )
+    chunks = chunk.cut(
+        found[0][1], generation=GENERATION.generation, epoch=1, writer=b"w" * 16, number=1, record_bytes_max=400
+    )
+    made |= {f"chunk_{index}": record for index, record in enumerate(chunks)}
+    made["generation_first"] = encode_generation(GENERATION)
+    made["generation_second"] = encode_generation(SUCCESSOR)
+    store = writer.store
+    assert isinstance(store, MemoryStore)
+    made["journal_entry"] = store.undo[journal.entry_key(3)]
+    made["meta"] = store.meta[META_KEY]
+    made["stored"] = b"".join(
+        len(part).to_bytes(4, "little") + part for entry in sorted(store.state.items()) for part in entry
+    )
+    return made
+
+
+def main(version: str) -> None:
+    folder = Path(__file__).parent / version
+    made = files()
+    standing = [name for name in made if (folder / f"{name}.bin").exists()]
+    if standing:
+        sys.exit(f"{folder} holds {standing[0]}.bin already: golden files are not overwritten")
+    folder.mkdir(exist_ok=True)
+    for name, data in made.items():
+        (folder / f"{name}.bin").write_bytes(data)
+    print(f"{len(made)} files in {folder}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
