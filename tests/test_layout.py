@@ -1,0 +1,69 @@
+"""The walk points one way, and the core knows no clock, no environment, no chance."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).parent.parent
+CORE = sorted((ROOT / "pipeline").rglob("*.py"))
+
+SHELL_MODULES = {
+    *("topology", "faust", "mode", "aiokafka", "asyncio", "aiohttp", "structlog", "logging", "click", "rich"),
+    *("time", "datetime", "random", "secrets", "uuid", "socket", "subprocess", "sqlite3", "pydantic_settings"),
+}
+SHELL_NAMES = {
+    *("os.environ", "os.getenv", "os.urandom", "os.getpid", "sys.argv", "sys.exit"),
+    *("print", "input", "open"),
+}
+ALLOWED = {"pipeline/objects/local.py": ["secrets"]}  # names of drafts, which nobody ever sees
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def shell_uses(source: str) -> list[str]:
+    """What a module of the core must not use, by name."""
+    tree = ast.parse(source)
+    found = [name for name in imported(tree) if name.split(".")[0] in SHELL_MODULES or name in SHELL_NAMES]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Name) and ast.unparse(node) in SHELL_NAMES:
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_imports_keep_their_contracts() -> None:
+    """Every contract in pyproject.toml holds, layers of both packages included."""
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
+
+
+@pytest.mark.parametrize("file", CORE, ids=lambda file: str(file.relative_to(ROOT)))
+def test_core_knows_no_shell(file: Path) -> None:
+    """Time, chance, settings and output come to the core as arguments, or not at all."""
+    assert shell_uses(file.read_text()) == ALLOWED.get(str(file.relative_to(ROOT)), [])
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import time", ["time"]),
+        ("from os import environ", ["os.environ"]),
+        ("import os\nos.environ['x']", ["os.environ"]),
+        ("def late():\n    from topology import app", ["topology.app"]),
+        ("print(1)", ["print"]),
+        ("import os\nos.fsync(1)\nself.open(2)", []),
+    ],
+)
+def test_shell_is_seen(source: str, found: list[str]) -> None:
+    """The check above sees what it looks for."""
+    assert shell_uses(source) == found
