@@ -46,6 +46,7 @@ from pipeline.errors import AuditFailed, ManifestCorrupt, StoreCorrupt, Unsuppor
 from pipeline.generation import Generation
 from pipeline.position import Meta, Tip, decode_meta, encode_meta
 from pipeline.state import SCHEMAS, SCHEMAS_BY_NAME, key_group, schema_of_storage_key
+from pipeline.stores.rocksdb import named_errors
 from pipeline.stores.sst import SortedFile
 from pipeline.verify import Audited, audit, check_audit, combine
 
@@ -199,7 +200,8 @@ def write_parts(
             raise StoreCorrupt(f"storage key {first[0].hex()} does not ascend")
         draft = folder / f"part-{number:05d}.new"
         writer = _PartWriter(draft, raw_bytes_max)
-        audited = audit(writer.through(itertools.chain((first,), iterator)))
+        with named_errors(draft):
+            audited = audit(writer.through(itertools.chain((first,), iterator)))
         last_key = writer.last_key
         size = writer.file.finish()
         digest = digest_file(draft)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from pipeline.archive import SegmentName, parse_segment_name
 from pipeline.errors import (
@@ -22,7 +23,7 @@ from pipeline.errors import (
 from pipeline.objects import LocalObjects, MemoryObjects
 from pipeline.position import Meta
 from pipeline.restore import SUCCESSORS, SegmentObject, Stage, newest_names, plan
-from pipeline.snapshot import Manifest, ManifestName, encode_manifest
+from pipeline.snapshot import Manifest, ManifestName, encode_manifest, write_parts
 from pipeline.stores.base import PROOF_KEY
 from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import decode_proof
@@ -209,9 +210,27 @@ def test_a_part_of_another_state(ferry: Ferry, tmp_path: Path) -> None:
     assert not restore(objects, tmp_path / "restored", claimed=True).proof.proven
 
 
-def _with_first_value_changed(data: bytes, folder: Path) -> tuple[bytes, bytes]:
-    from pipeline.snapshot import write_parts  # noqa: PLC0415
+def test_a_part_that_is_no_sorted_file(ferry: Ferry, tmp_path: Path) -> None:
+    """Bytes with the digest that the manifest says, which a store cannot take in."""
+    manifest, objects = ferry.manifests[1], MemoryObjects()
+    garbage = b"no table at all " * 100
+    digest = blake3(garbage).digest()
+    parts = [
+        replace(part, name=f"part-{number:05d}-{digest[:8].hex()}.sst", digest=digest, size_bytes=len(garbage))
+        for number, part in enumerate(manifest.parts)
+    ]
+    lie = replace(manifest, parts=tuple(parts))
+    objects.put_new(lie.name, encode_manifest(lie))
+    for part in parts:
+        objects.put_new(lie.part_name(part), garbage)
 
+    with pytest.raises(PartCorrupt, match="cannot be taken in"):
+        restore(objects, tmp_path)
+    assert not (tmp_path / "store").exists()
+    assert not (tmp_path / "restoring").exists()
+
+
+def _with_first_value_changed(data: bytes, folder: Path) -> tuple[bytes, bytes]:
     folder = folder / "forging"
     folder.mkdir()
     (folder / "part.sst").write_bytes(data)
@@ -234,6 +253,14 @@ def test_not_empty(ferry: Ferry, tmp_path: Path) -> None:
         with pytest.raises(NotEmpty):
             restore(ferry.objects, tmp_path, height=height)
     assert held(tmp_path) == before
+
+
+def test_an_unborn_store_is_none(ferry: Ferry, tmp_path: Path) -> None:
+    """What a crash left of a store that was never written is no store."""
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "LOG").touch()
+
+    assert restore(ferry.objects, tmp_path, height=5, claimed=True).ref.height == 5
 
 
 PLACES = [

@@ -193,6 +193,15 @@ async def test_in_process(tmp_path: Path, ferry: Ferry) -> None:
     assert names_in(tmp_path) == ["objects"]
 
 
+async def test_two_at_once(tmp_path: Path, ferry: Ferry) -> None:
+    """They take turns; the second finds what the first published."""
+    url = f"file://{tmp_path}/objects"
+    one, other = await asyncio.gather(*(snapshot_in_process(ferry.store, tmp_path, url) for _ in range(2)))
+
+    assert one == other
+    assert names_in(tmp_path) == ["objects"]
+
+
 async def test_cancelled(tmp_path: Path, ferry: Ferry) -> None:
     """Cancelled, it leaves nothing behind."""
     task = asyncio.create_task(snapshot_in_process(ferry.store, tmp_path, f"file://{tmp_path}/objects"))

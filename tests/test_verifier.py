@@ -74,6 +74,13 @@ async def test_what_the_vectors_do_not_say(tmp_path: Path) -> None:
         assert not (tmp_path / COPY_FOLDER).exists()
 
 
+async def test_two_at_once(ferry: Ferry, tmp_path: Path) -> None:
+    """They take turns, and neither removes the other's copy."""
+    (one, _), (other, _) = await asyncio.gather(*(prove(ferry.store, tmp_path, workers=1) for _ in range(2)))
+
+    assert one == other
+
+
 async def test_cancelled(ferry: Ferry, tmp_path: Path) -> None:
     """Cancelled, it ends its processes and removes its copy."""
     task = asyncio.create_task(prove(ferry.store, tmp_path, workers=2))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from pipeline import errors
 from pipeline.errors import StateferryError
@@ -24,8 +25,16 @@ from topology.settings import arm_failpoint
 Report = Callable[[str, int, int], None]
 """What is done, how much of it, of how much in all (0: not known)."""
 
+_locks: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Path, asyncio.Lock]] = WeakKeyDictionary()
+
 _LINE_BYTES_MAX = 16 << 20
 _FAILPOINT_VARIABLE = "STATEFERRY_FAILPOINT"
+
+
+def alone_in(folder: Path) -> asyncio.Lock:
+    """Held by whoever works in a folder that the next one would clear: in one process they take turns. Between
+    processes the lock of the data directory decides."""
+    return _locks.setdefault(asyncio.get_running_loop(), {}).setdefault(folder.absolute(), asyncio.Lock())
 
 
 def no_report(what: str, done: int, total: int) -> None:

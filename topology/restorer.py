@@ -196,7 +196,7 @@ class _Restorer:
         self._since = time.monotonic()
 
     def run(self, claimed: bool, workers: int | None) -> Restored:
-        if self.store_path.exists():
+        if self._has_store():
             meta, manifest_name = self._finished_before()
         else:
             try:
@@ -434,7 +434,12 @@ class _Restorer:
 
     # Publish and prove
 
+    def _has_store(self) -> bool:
+        """A directory that was never written to whole holds nothing."""
+        return (self.store_path / "CURRENT").exists() or any(self.store_path.glob("*.sst"))
+
     def _publish(self) -> None:
+        shutil.rmtree(self.store_path, ignore_errors=True)  # what `_has_store` says holds nothing
         (self.work / STORE_FOLDER).rename(self.store_path)
         _sync(self.data_dir)
         for folder in ("parts", "segments", "ingesting"):

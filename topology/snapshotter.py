@@ -65,18 +65,15 @@ async def snapshot_in_process(
     Cancelled, it ends that process and leaves nothing behind.
     """
     scratch = data_dir / SCRATCH_FOLDER
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir(parents=True)
-        copy = scratch / _COPY
-        store.checkpoint(copy)
-        failpoints.hit("snapshot.checkpointed")
-        arguments = ["--store", str(copy), "--scratch", str(scratch / _PARTS), "--objects", objects_url]
-        if height is not None:
-            arguments += ["--height", str(height)]
-        name = await children.run(__spec__.name, arguments, report)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    async with children.alone_in(scratch):
+        with _scratch(scratch):
+            copy = scratch / _COPY
+            store.checkpoint(copy)
+            failpoints.hit("snapshot.checkpointed")
+            arguments = ["--store", str(copy), "--scratch", str(scratch / _PARTS), "--objects", objects_url]
+            if height is not None:
+                arguments += ["--height", str(height)]
+            name = await children.run(__spec__.name, arguments, report)
     return decode_manifest(open_objects(objects_url).get(name))
 
 

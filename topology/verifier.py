@@ -88,16 +88,17 @@ async def prove(
     Raises AuditFailed. Cancelled or failed, it leaves nothing behind; a copy that a crash left is removed first.
     """
     copy = data_dir / COPY_FOLDER
-    shutil.rmtree(copy, ignore_errors=True)
-    try:
-        store.checkpoint(copy)
-        meta, found = await audit_position(copy, workers=workers, report=report)
-        failpoints.hit("prove.hashed")
-        proof = Proof(proven=True, at=meta.tip.ref, root=meta.tip.root)
-        store.write(Batch(meta={PROOF_KEY: encode_proof(proof)}))
-        return proof, found
-    finally:
+    async with children.alone_in(copy):
         shutil.rmtree(copy, ignore_errors=True)
+        try:
+            store.checkpoint(copy)
+            meta, found = await audit_position(copy, workers=workers, report=report)
+            failpoints.hit("prove.hashed")
+            proof = Proof(proven=True, at=meta.tip.ref, root=meta.tip.root)
+            store.write(Batch(meta={PROOF_KEY: encode_proof(proof)}))
+            return proof, found
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
 
 
 def prove_closed(
