@@ -1,0 +1,296 @@
+"""Commands for tests: in a process of their own, or in this one where the process is not what is tested.
+
+A `Site` is one broker, one object store, and the data directories of the nodes that use them. Every answer is a `Done`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+
+from pipeline import chunk, frame
+from pipeline.errors import StateferryError
+from pipeline.frame import Kind
+from pipeline.generation import decode_generation
+from pipeline.position import Meta, decode_meta
+from pipeline.stores.base import META_KEY
+from pipeline.stores.rocksdb import RocksStore
+from topology import worker
+from topology.cli import cli
+from topology.transports.sqlite_file import OFFSET_BITS
+
+ROOT = Path(__file__).parents[2]
+WAIT_S = 60.0
+"""A condition that does not come true within this has failed: on a busy machine everything here takes seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """A command that ended. ``document``: what --json printed; None if it printed nothing."""
+
+    code: int
+    document: Any
+    stderr: str
+
+    def ok(self) -> Any:
+        """The document of a command that must have worked."""
+        assert self.code == 0, (self.code, self.document, self.stderr)
+
+        return self.document
+
+    def failed(self, error: type[StateferryError]) -> str:
+        """The whole message of a command that must have failed so."""
+        assert (self.code, self.document and self.document.get("error")) == (error.exit_code, error.__name__), (
+            self.code,
+            self.document,
+            self.stderr,
+        )
+        assert f"{error.__name__}: " in self.stderr
+
+        return f"{self.document['message']} ({self.document['where']}); {self.document['way_out']}"
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment without settings of ours, and ``extra``."""
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("STATEFERRY_")}
+    return bare | {"PYTHONPATH": str(ROOT)} | extra
+
+
+def start(
+    *args: object,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    before: Callable[[], None] | None = None,
+) -> subprocess.Popen[str]:
+    """A command in a process of its own. ``before`` runs in it, before the command does."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "topology", *map(str, args)],
+        cwd=cwd or ROOT,
+        env=environment(**(env or {})),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=before,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> Done:
+    """Wait for a command's end."""
+    try:
+        stdout, stderr = process.communicate(timeout=WAIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        _, stderr = process.communicate()
+        raise AssertionError(f"{process.args!r} did not end: {stderr}") from None
+    return Done(code=process.returncode, document=_document(stdout), stderr=stderr)
+
+
+def command(*args: object, **kwargs: Any) -> Done:
+    """A command in a process of its own, to its end."""
+    return finish(start(*args, **kwargs))
+
+
+def here(*args: object) -> Done:
+    """The same in this process. It is idle at once when there is nothing more to read."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    code = 0
+    with (
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        mock.patch.object(worker, "IDLE_S", 0.0),
+        mock.patch.object(sys, "argv", ["stateferry", *map(str, args)]),
+    ):
+        try:
+            cli.main([*map(str, args)], standalone_mode=False)
+        except StateferryError as error:
+            from topology.cli import _show  # noqa: PLC0415
+
+            _show(error)
+            code = error.exit_code
+        except click.ClickException as error:
+            error.show()
+            code = 2
+    return Done(code=code, document=_document(stdout.getvalue()), stderr=stderr.getvalue())
+
+
+def _document(stdout: str) -> Any:
+    return json.loads(stdout) if stdout.strip() else None
+
+
+def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    """Until a condition is true; a process that ends before it is a failure."""
+    deadline_s = time.monotonic() + WAIT_S
+    while not holds():
+        if process is not None and process.poll() is not None:
+            raise AssertionError(f"{process.args!r} ended early: {finish(process)}")
+        assert time.monotonic() < deadline_s, "the condition did not come true"
+
+        time.sleep(0.05)
+
+
+class Site:
+    """One chain's places in a folder."""
+
+    def __init__(self, folder: Path, *, log: str = "log.sqlite") -> None:
+        self.folder = folder
+        self.log = folder / log
+        self.objects = folder / "objects"
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def dir(self, node: str) -> Path:
+        return self.folder / node
+
+    def options(self, node: str) -> list[str]:
+        return [
+            *("--broker", f"embedded://{self.log}", "--objects", f"file://{self.objects}"),
+            *("--data-dir", str(self.dir(node)), "--json"),
+        ]
+
+    def here(self, *args: object, node: str = "p") -> Done:
+        return here(*args, *self.options(node))
+
+    def command(self, *args: object, node: str = "p", **kwargs: Any) -> Done:
+        return command(*args, *self.options(node), **kwargs)
+
+    def start(self, *args: object, node: str = "p", **kwargs: Any) -> subprocess.Popen[str]:
+        return start(*args, *self.options(node), **kwargs)
+
+    @contextlib.contextmanager
+    def running(self, role: str, node: str, *args: object, **kwargs: Any) -> Iterator[subprocess.Popen[str]]:
+        """A worker that answers; ended by SIGTERM, with exit code 0, if it still runs."""
+        process = self.start("run", "--role", role, *args, node=node, **kwargs)
+        try:
+            wait_until(lambda: (self.dir(node) / "control.sock").exists(), process)
+            yield process
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                finish(process).ok()
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+
+    def ingest(self, *files: Path | str) -> Any:
+        return self.here("ingest", "bitcoin", *files).ok()
+
+    def follow(self, role: str, node: str, *args: object) -> Any:
+        """A worker in this process, until it has read all there is."""
+        return self.here("run", "--role", role, "--until-idle", *args, node=node).ok()
+
+    def follow_both(self, *args: object) -> tuple[Any, Any]:
+        return self.follow("primary", "p", *args), self.follow("replica", "r", *args)
+
+    # The log
+
+    def sql(self, statement: str, *values: object) -> list[Any]:
+        with contextlib.closing(sqlite3.connect(self.log, timeout=WAIT_S)) as connection, connection:
+            return connection.execute(statement, values).fetchall()
+
+    def _partition(self, topic: str) -> int:
+        ((found,),) = self.sql(
+            "SELECT p.id FROM partition p JOIN topic t ON t.id = p.topic_id WHERE t.name = ? AND p.number = 0", topic
+        )
+        return int(found)
+
+    def records(self, topic: str) -> list[bytes]:
+        """All records of a topic, in order."""
+        base = self._partition(topic) << OFFSET_BITS
+        end = base + (1 << OFFSET_BITS)
+        rows = self.sql("SELECT value FROM record WHERE id >= ? AND id < ? ORDER BY id", base, end)
+        return [value for (value,) in rows]
+
+    def append(self, topic: str, *records: bytes) -> None:
+        """Records at the end of a topic, as any writer may put them there."""
+        partition = self._partition(topic)
+        for record in records:
+            ((end,),) = self.sql("UPDATE partition SET end = end + 1 WHERE id = ? RETURNING end", partition)
+            row = (partition << OFFSET_BITS) | (end - 1)
+            self.sql("INSERT INTO record (id, timestamp_ms, key, value) VALUES (?, 0, NULL, ?)", row, record)
+
+    def cut(self, topic: str, records: int) -> list[bytes]:
+        """Take the last records off a topic, as a power cut of a broker without fsync does. Returns them."""
+        partition = self._partition(topic)
+        lost = self.records(topic)[-records:]
+        ((end,),) = self.sql("UPDATE partition SET end = end - ? WHERE id = ? RETURNING end", records, partition)
+        self.sql(
+            "DELETE FROM record WHERE id >= ? AND id < ?",
+            (partition << OFFSET_BITS) | end,
+            (partition + 1) << OFFSET_BITS,
+        )
+        return lost
+
+    def replace(self, topic: str, offset: int, record: bytes) -> None:
+        row = (self._partition(topic) << OFFSET_BITS) | offset
+        self.sql("UPDATE record SET value = ? WHERE id = ?", record, row)
+
+    @property
+    def diffs(self) -> str:
+        """The diffs topic of the generation in force."""
+        return decode_generation(self.records("generations")[-1]).diffs_topic
+
+    def kinds(self) -> Counter[str]:
+        """How many frames of each kind are on the diffs topic."""
+        return Counter(kind.name for kind in map(kind_of, self.records(self.diffs)) if kind is not None)
+
+    def frame_ids(self) -> list[str]:
+        """Ids of all numbered frames on the diffs topic, in order."""
+        headers = (frame.peek(record) for record in self.records(self.diffs) if not chunk.is_chunk(record))
+        return [header.frame_id.hex() for header in headers if header.is_numbered]
+
+    # Stores
+
+    @contextlib.contextmanager
+    def store(self, node: str) -> Iterator[RocksStore]:
+        """A node's store, while no worker has it."""
+        store = RocksStore(self.dir(node) / "store")
+        try:
+            yield store
+        finally:
+            store.close()
+
+    def meta(self, node: str) -> Meta:
+        with self.store(node) as store:
+            data = store.get_meta(META_KEY)
+        assert data is not None
+
+        return decode_meta(data)
+
+    def content(self, node: str) -> dict[bytes, bytes]:
+        with self.store(node) as store:
+            return dict(store.scan())
+
+    def muhash(self, node: str) -> Any:
+        return self.here("root", "--interop", "muhash", node=node).ok()
+
+
+def kind_of(record: bytes) -> Kind | None:
+    """The kind of a frame; None for a chunk and for what is no frame."""
+    if chunk.is_chunk(record) or frame.peek_prefix(record) is None:
+        return None
+    return frame.peek(record).kind
+
+
+def same_state(site: Site, nodes: Sequence[str]) -> None:
+    """Nodes stand at the same position, with the same links, and hold the same bytes."""
+    first, *others = nodes
+    meta, content = site.meta(first), site.content(first)
+    for other in others:
+        found = site.meta(other)
+
+        assert (found.tip, found.seq, found.frame_id, found.walk) == (meta.tip, meta.seq, meta.frame_id, meta.walk)
+        assert site.content(other) == content
