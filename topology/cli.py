@@ -16,6 +16,7 @@ import click
 
 from pipeline.errors import StateferryError, UsageError
 from topology.bench.cli import bench
+from topology.commands.demo import demo
 from topology.commands.frames import frames
 from topology.commands.generation import generation_group
 from topology.commands.ingest import ingest
@@ -52,6 +53,7 @@ for command in (
     quarantine,
     generation_group,
     bench,
+    demo,
 ):
     cli.add_command(command)
 
