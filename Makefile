@@ -1,0 +1,72 @@
+# Needs make and Python 3.11 or newer, nothing else: every target makes what it needs in `.venv`.
+
+VENV ?= .venv
+PYTHON ?=
+JOBS ?= auto
+POINTS ?= 240
+SEED ?= 1
+
+BIN := $(VENV)/bin
+RUN := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench torture golden clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(RUN) ## a primary and two replicas ferry real blocks on this machine, and prove it: a minute
+	$(BIN)/stateferry demo
+
+test: $(DEV) ## the whole suite, on all cores (JOBS=2 for two)
+	$(BIN)/pytest -n $(JOBS) --maxprocesses 8
+
+lint: $(DEV) ## ruff, mypy and the order of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(DEV) ## measure this machine: the figures of the README (minutes; QUICK=--quick for seconds)
+	@for name in wire apply reads pipeline restore; do $(BIN)/stateferry bench $$name $(QUICK) || exit; done
+
+torture: $(DEV) ## kill real processes at POINTS=240 seeded fail points, SEED=1
+	$(BIN)/pytest tests/torture -m torture --points $(POINTS) --seed $(SEED)
+
+golden: $(DEV) ## read the golden files of every format version
+	$(BIN)/pytest tests/golden
+
+format: $(DEV) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+clean: ## remove the demo's data, caches and builds; the virtual environment stays
+	rm -rf demo-data build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find pipeline topology tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then \
+			echo "making $(VENV) with $$($$python --version)"; \
+			$$python -m venv $(VENV) && exit 0; \
+			rm -f $(BIN)/python*; \
+			echo "$$python cannot make a virtual environment: install its venv module (Debian: python3-venv)" >&2; \
+			exit 1; \
+		fi; \
+	done; \
+	echo "stateferry needs Python 3.11 or newer: none of python3, python3.13, python3.12, python3.11 is." >&2; \
+	echo "Name one with: make PYTHON=/path/to/python3.11" >&2; \
+	exit 1
+
+# Installed once, and again when pyproject.toml changes.
+$(RUN): pyproject.toml | $(BIN)/python
+	@echo "installing stateferry into $(VENV)"
+	@$(PIP) -e .
+	@touch $@
+
+$(DEV): pyproject.toml | $(BIN)/python
+	@echo "installing stateferry and its development tools into $(VENV)"
+	@$(PIP) -e '.[dev]'
+	@touch $(RUN) $@
