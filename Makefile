@@ -35,8 +35,9 @@ bench: $(DEV) ## measure this machine: the figures of the README (minutes; QUICK
 torture: $(DEV) ## kill real processes at POINTS=240 seeded fail points, SEED=1
 	$(BIN)/pytest tests/torture -m torture --points $(POINTS) --seed $(SEED)
 
-golden: $(DEV) ## read the golden files of every format version
-	$(BIN)/pytest tests/golden
+golden: $(DEV) ## read the golden files of every format version (VERSION=v2 writes those of a new one first)
+	$(if $(VERSION),cd tests && $(abspath $(BIN))/python golden/make.py $(VERSION))
+	$(BIN)/pytest tests/test_golden.py
 
 format: $(DEV) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix-only .
