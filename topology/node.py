@@ -97,6 +97,7 @@ class Node:
         data_dir: DataDir,
         opening: Opening,
         opening_record: bytes,
+        until_height: int | None = None,
     ) -> None:
         self.settings = settings
         self.role = role
@@ -104,6 +105,7 @@ class Node:
         self.data_dir = data_dir
         self.opening = opening
         self.generation: Generation = opening.generation
+        self.until_height = until_height  # a node that stands there ends
         self.failure: StateferryError | None = None
         self.stopping = asyncio.Event()
         self.progressed = asyncio.Event()  # something was committed; set and cleared by `_commit`
@@ -317,6 +319,7 @@ class Node:
             else:
                 outcome = self.replica.step(record, offset)
         except Gap:
+            self._commit()
             await self._check_diffs()  # the log may have changed under us: that is the first thing to know
             raise
         except (Diverged, FrameCorrupt) as error:
@@ -330,6 +333,8 @@ class Node:
             case Applied(step=step):
                 self._uncommitted.append(step)
                 self._commit_soon()
+                if self.has_arrived:
+                    self.stop()  # here and not later: the next record may stand above
             case Reign(header=header):
                 self._commit_soon()
                 if header.writer == self._writer:
@@ -339,8 +344,7 @@ class Node:
                     self.state = State.FOLLOWING
             case Void(reason=reason):
                 self.voids[reason] += 1
-                if reason != "epoch" or offset > 0:
-                    log.info("record_voided", topic=self.generation.diffs_topic, offset=offset, reason=reason)
+                log.info("record_voided", topic=self.generation.diffs_topic, offset=offset, reason=reason)
             case Ended(successor=successor):
                 log.warning("generation_ended", successor=successor.generation.hex())
                 raise WrongChain(
@@ -404,6 +408,8 @@ class Node:
         """A primary that has read all there was appends its EPOCH, and follows up to it."""
         if self.role is not Role.PRIMARY or self.state is not State.FOLLOWING or self.stopping.is_set():
             return
+        if self.next_diffs < self.ends.diffs:
+            return
         _, end = await self.broker.bounds(self.generation.diffs_topic, 0)
         if self.next_diffs < end:
             return
@@ -427,6 +433,9 @@ class Node:
             await self._room.wait()
         primary = self._primary
         if offset < self.next_blocks or self.stopping.is_set() or primary is None:
+            return []
+        if self.until_height is not None and primary.ahead.tip.height >= self.until_height:
+            await self.stopping.wait()  # what is proposed already ends this node when it is read back
             return []
         self.next_blocks = offset + 1
         self.last_progress_s = time.monotonic()
@@ -490,8 +499,9 @@ class Node:
         return self.state is State.LEADING and self.next_blocks >= self.ends.blocks and self.in_flight == 0
 
     @property
-    def has_uncommitted(self) -> bool:
-        return bool(self._uncommitted)
+    def has_arrived(self) -> bool:
+        """Whether the height at which the node was to end is in what it accepted."""
+        return self.until_height is not None and self.replica.meta.tip.height >= self.until_height
 
     @property
     def committed_meta(self) -> Meta:
@@ -549,10 +559,6 @@ class Node:
             name, size = self.archiver.last_put
             log.info("segment_archived", segment=name, blocks=blocks, bytes=size)
         return blocks > 0
-
-    def check_serving(self) -> None:
-        """Raises NotProven unless reads may be answered."""
-        check_serving(self.proof, self.settings.serve)
 
     def _where(self) -> dict[str, Any]:
         tip = self.replica.meta.tip

@@ -25,7 +25,7 @@ from topology.app import Application
 from topology.archiver import Archiver
 from topology.control import ControlServer
 from topology.data_dir import DataDir
-from topology.node import Node, Role
+from topology.node import Node, Role, check_serving
 from topology.settings import Settings
 from topology.transports.base import Broker
 from topology.transports.factory import open_broker
@@ -116,7 +116,15 @@ async def _run_node(
     if not data_dir.has_store and opening.generation.base_manifest:
         objects = open_objects(settings.objects_url)
         await asyncio.to_thread(base_state.fill, objects, data_dir.path, opening.generation)
-    node = Node(settings=settings, role=role, broker=broker, data_dir=data_dir, opening=opening, opening_record=record)
+    node = Node(
+        settings=settings,
+        role=role,
+        broker=broker,
+        data_dir=data_dir,
+        opening=opening,
+        opening_record=record,
+        until_height=until.height,
+    )
     node.adopt_stop(stopping)
     application = Application(node)
     tasks: list[asyncio.Task[None]] = []
@@ -153,8 +161,7 @@ async def _watch(node: Node, until: Until) -> None:
     """End the worker when it got where it was to go."""
     while not node.stopping.is_set():
         await asyncio.sleep(0.05)
-        height = node.committed_height
-        if until.height is not None and height >= until.height and not node.has_uncommitted:
+        if node.has_arrived:
             node.stop()
         quiet_s = time.monotonic() - node.last_progress_s
         if until.idle and node.has_consumed_all and quiet_s >= IDLE_S and not node.archive_is_due:
@@ -197,7 +204,7 @@ async def _answer(node: Node, request: dict[str, Any]) -> Any:
                 "buffers_bytes": node.buffers_bytes,
             }
         case "get":
-            node.check_serving()
+            check_serving(node.proof, request.get("serve") or node.settings.serve)
             found = reads.get(node.store, schema_named(request["table"]), request["keys"])
             return {"position": reads.position(node.committed_meta, node.proof), "found": found}
         case "copy":

@@ -36,7 +36,9 @@ def _snapshots(settings: Settings, chain: str) -> list[dict[str, Any]]:
     """Positions of the snapshots in the object store, newest last."""
     names = (parse_manifest_name(info.name) for info in open_objects(settings.objects_url).list(f"{chain}/"))
     found = sorted((name for name in names if name is not None), key=lambda name: name.height)
-    return [{"height": name.height, "root": name.root_start.hex(), "generation": name.generation.hex()} for name in found]
+    return [
+        {"height": name.height, "root": name.root_start.hex(), "generation": name.generation.hex()} for name in found
+    ]
 
 
 @click.command()
@@ -47,7 +49,7 @@ def _snapshots(settings: Settings, chain: str) -> list[dict[str, Any]]:
 def get(settings: Settings, keys: tuple[str, ...], table: str, as_json: bool) -> None:
     """Values of KEYS (txid:index for coins), with the position they are read at."""
     schema = schema_named(table)
-    answer = ask_worker(settings, {"what": "get", "table": table, "keys": list(keys)})
+    answer = ask_worker(settings, {"what": "get", "table": table, "keys": list(keys), "serve": settings.serve})
     if answer is None:
         with opened_view(settings) as view:
             check_serving(view.proof, settings.serve)
