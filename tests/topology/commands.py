@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -30,7 +31,7 @@ from pipeline.generation import decode_generation
 from pipeline.position import Meta, decode_meta
 from pipeline.stores.base import META_KEY
 from pipeline.stores.rocksdb import RocksStore
-from topology import worker
+from topology import control, worker
 from topology.cli import cli
 from topology.transports.sqlite_file import OFFSET_BITS
 
@@ -41,7 +42,7 @@ WAIT_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """A command that ended. ``document``: what --json printed; None if it printed nothing."""
+    """A command that ended. ``document``: what --json printed; None if it printed none."""
 
     code: int
     document: Any
@@ -71,21 +72,16 @@ def environment(**extra: str) -> dict[str, str]:
     return bare | {"PYTHONPATH": str(ROOT)} | extra
 
 
-def start(
-    *args: object,
-    env: dict[str, str] | None = None,
-    cwd: Path | None = None,
-    before: Callable[[], None] | None = None,
-) -> subprocess.Popen[str]:
-    """A command in a process of its own. ``before`` runs in it, before the command does."""
+def start(*args: object, env: dict[str, str] | None = None, file_kib_max: int | None = None) -> subprocess.Popen[str]:
+    """A command in a process of its own. ``file_kib_max``: no file it writes gets longer."""
+    limit = [] if file_kib_max is None else ["sh", "-c", f'ulimit -f {file_kib_max * 2}; exec "$@"', "sh"]
     return subprocess.Popen(
-        [sys.executable, "-m", "topology", *map(str, args)],
-        cwd=cwd or ROOT,
+        [*limit, sys.executable, "-m", "topology", *map(str, args)],
+        cwd=ROOT,
         env=environment(**(env or {})),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=before,
     )
 
 
@@ -129,7 +125,7 @@ def here(*args: object) -> Done:
 
 
 def _document(stdout: str) -> Any:
-    return json.loads(stdout) if stdout.strip() else None
+    return json.loads(stdout) if stdout.startswith(("{", "[")) else None
 
 
 def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
@@ -146,9 +142,9 @@ def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str] | None 
 class Site:
     """One chain's places in a folder."""
 
-    def __init__(self, folder: Path, *, log: str = "log.sqlite") -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.log = folder / log
+        self.log = folder / "log.sqlite"
         self.objects = folder / "objects"
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -175,7 +171,7 @@ class Site:
         """A worker that answers; ended by SIGTERM, with exit code 0, if it still runs."""
         process = self.start("run", "--role", role, *args, node=node, **kwargs)
         try:
-            wait_until(lambda: (self.dir(node) / "control.sock").exists(), process)
+            wait_until((self.dir(node) / "control.sock").exists, process)
             yield process
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -184,6 +180,23 @@ class Site:
             if process.poll() is None:
                 process.kill()
                 process.communicate()
+
+    def wait_for(self, node: str, process: subprocess.Popen[str] | None = None, **wanted: object) -> Any:
+        """Until a running worker's status has these values; the status."""
+        path, found = self.dir(node) / "control.sock", {}
+
+        def holds() -> bool:
+            with contextlib.suppress(StateferryError):
+                found.update(control.ask(path, {"what": "status"}) or {})
+            return all(found.get(name) == value for name, value in wanted.items())
+
+        wait_until(holds, process)
+        return found
+
+    def copy(self, folder: Path) -> Site:
+        """The same places with the same content in another folder, while nothing runs."""
+        shutil.copytree(self.folder, folder)
+        return Site(folder)
 
     def ingest(self, *files: Path | str) -> Any:
         return self.here("ingest", "bitcoin", *files).ok()
