@@ -60,7 +60,12 @@ def fill(objects: ObjectStore, data_dir: Path, generation: Generation) -> None:
     `restorer.restore` raises, WrongChain."""
     assert generation.base is not None
     restored = restorer.restore(
-        objects, data_dir, chain=generation.chain_id, height=generation.base.height, claimed=True
+        objects,
+        data_dir,
+        chain=generation.chain_id,
+        generation=generation.generation,
+        height=generation.base.height,
+        claimed=True,
     )
     if (restored.meta.generation, restored.ref) != (generation.generation, generation.base):
         raise WrongChain(

@@ -140,7 +140,16 @@ class Node:
         """Open the store. Raises WrongChain, NotProven and what the store raises."""
         self._produce = produce
         self.store = RocksStore(self.data_dir.store_path)
+        try:
+            self._load()
+        except BaseException:
+            self.store.close()
+            raise
         self._opened = True
+        log.info("node_opened", role=self.role.value, proof=self.proof_word, **self._where())
+
+    def _load(self) -> None:
+        """The position of the store that was opened, or of a new one."""
         data = self.store.get_meta(META_KEY)
         if data is None:
             # Nothing was read and nothing is here: the empty state needs no proof.
@@ -159,7 +168,6 @@ class Node:
         self.proof = decode_proof(self.store.get_meta(PROOF_KEY))
         self.replica = Replica(self.store, meta, archives=self.role is Role.PRIMARY)
         self._committed = meta
-        log.info("node_opened", role=self.role.value, proof=self.proof_word, **self._where())
 
     def _base_meta(self) -> Meta:
         return self.opening.meta(offset=0, digest=digest_of(self._opening_record))

@@ -69,12 +69,17 @@ class Publisher:
         self._generation = generation
         self._writer = secrets.token_bytes(16)
         self._is_open = False
+        self._reached_branch = False
+        self._first_below_base: Offer | None = None
         self._batch: list[tuple[bytes | None, bytes]] = []
         self._batch_bytes = 0
 
     async def offer(self, offer: Offer, *, again: bool = False) -> Published:
         """Publish a block where it belongs, rewinding first if it stands on another branch. Raises BlockOrphan,
         WrongChain, and what ``offer.make`` raises."""
+        if self._is_below_base(offer):
+            self._first_below_base = self._first_below_base or offer
+            return Published(ref=None, rewound_to=None)
         planned = branch.plan(self.position.branch, offer.parent_hash, offer.block_hash, again=again, where=offer.where)
         match planned:
             case branch.Skip():
@@ -87,6 +92,21 @@ class Publisher:
                 await self._say(Rewind(stamp=self._stamp(), walk=self.position.walk + 1, to=to))
                 await self._say_connect(block)
                 return Published(ref=block.ref, rewound_to=to)
+
+    def _is_below_base(self, offer: Offer) -> bool:
+        """Whether the blocks offered have not reached the base yet: files begin where the chain does."""
+        if self._reached_branch or self._generation.base is None:
+            return False
+        known = self.position.branch
+        hashes = (offer.block_hash, offer.parent_hash)
+        self._reached_branch = any(known.ref(one) is not None or known.was_left(one) for one in hashes)
+        return not self._reached_branch
+
+    def check_reached(self) -> None:
+        """Raises BlockOrphan if blocks were offered and none of them meets the branch."""
+        first = self._first_below_base
+        if first is not None and not self._reached_branch:
+            branch.plan(self.position.branch, first.parent_hash, first.block_hash, where=first.where)
 
     async def _say_connect(self, block: Block) -> None:
         await self._say(Connect(stamp=self._stamp(), walk=self.position.walk + 1, block=block))

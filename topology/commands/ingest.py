@@ -163,6 +163,7 @@ async def _publish(
                     await asyncio.sleep(interval_s)
         finally:
             await publisher.flush()  # what was read before a bad block is published: nothing is lost
+        publisher.check_reached()
     tip = publisher.position.branch.tip
     return {
         "chain": generation.chain_id,
