@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from pipeline.stores.base import Store
 
 _ENTRY_OVERHEAD_BYTES = 160
-"""What CPython needs per entry beside the bytes themselves: two bytes objects, a tuple, a dict slot."""
+"""What CPython needs per entry beside the bytes themselves: two bytes objects, slots in three dicts."""
 
 
 class Layers:
     """A read view over a store, with dirty layers numbered by ascending seq.
 
-    * `dirty_bytes` is what the dirty layers hold, overhead included; whoever pushes keeps it below a bound.
+    * `dirty_bytes` is what the dirty layers hold, overhead and what their owner keeps with them included; whoever
+      pushes keeps it below a bound.
     * A key written by several layers keeps one entry in the merged view, that of the highest.
     """
 
@@ -27,6 +28,7 @@ class Layers:
         self._layers: dict[int, Mapping[bytes, bytes | None]] = {}
         self._sizes: dict[int, int] = {}
         self._merged: dict[bytes, bytes | None] = {}
+        self._owners: dict[bytes, int] = {}  # the highest layer that wrote a key
         self.dirty_bytes = 0
 
     def read(self, storage_keys: list[bytes]) -> list[bytes | None]:
@@ -37,19 +39,23 @@ class Layers:
         below = iter(self._store.get([key for key in storage_keys if key not in merged]))
         return [merged[key] if key in merged else next(below) for key in storage_keys]
 
-    def push(self, number: int, writes: Mapping[bytes, bytes | None]) -> None:
-        """A new top layer. ``number`` is above every number pushed and not settled."""
+    def push(self, number: int, writes: Mapping[bytes, bytes | None], *, held_bytes: int = 0) -> None:
+        """A new top layer. ``number`` is above every number pushed and not settled. ``held_bytes``: what else its owner
+        keeps as long as the layer stands."""
         assert number > self.checkpoint(), (number, self.checkpoint())
         size = sum(map(len, writes)) + sum(map(len, filter(None, writes.values())))
-        self._sizes[number] = size + _ENTRY_OVERHEAD_BYTES * len(writes)
+        self._sizes[number] = size + _ENTRY_OVERHEAD_BYTES * len(writes) + held_bytes
         self.dirty_bytes += self._sizes[number]
         self._layers[number] = writes
-        self._merged.update(writes)
+        self._show(number, writes)
 
     def settle(self, number: int) -> None:
-        """The lowest layer is in the store now: it may go."""
+        """The lowest layer is in the store now: it may go. Costs no more with many layers above it."""
         assert number == next(iter(self._layers)), (number, list(self._layers))
-        self._refresh(self._drop(number))
+        merged, owners = self._merged, self._owners
+        for key in self._drop(number):
+            if owners[key] == number:
+                del merged[key], owners[key]
 
     def checkpoint(self) -> int:
         """The number of the top layer: what `revert` comes back to. 0 without layers."""
@@ -58,22 +64,16 @@ class Layers:
     def revert(self, checkpoint: int) -> None:
         """Take off every layer above ``checkpoint``: keys written below it show those values again."""
         for number in [number for number in self._layers if number > checkpoint]:
-            self._refresh(self._drop(number))
+            self._drop(number)
+        self._merged.clear()
+        self._owners.clear()
+        for number, writes in self._layers.items():
+            self._show(number, writes)
+
+    def _show(self, number: int, writes: Mapping[bytes, bytes | None]) -> None:
+        self._merged.update(writes)
+        self._owners.update(dict.fromkeys(writes, number))
 
     def _drop(self, number: int) -> Mapping[bytes, bytes | None]:
         self.dirty_bytes -= self._sizes.pop(number)
         return self._layers.pop(number)
-
-    def _refresh(self, dropped: Mapping[bytes, bytes | None]) -> None:
-        """Show a dropped layer's keys as the highest layer left has them."""
-        merged = self._merged
-        if not self._layers:
-            merged.clear()
-            return
-        gone = set(dropped)
-        for writes in reversed(self._layers.values()):
-            found = gone & writes.keys()
-            merged.update((key, writes[key]) for key in found)
-            gone -= found
-        for key in gone:
-            del merged[key]

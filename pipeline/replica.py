@@ -35,6 +35,9 @@ from pipeline.position import Meta, Tip, encode_meta
 from pipeline.stores.base import META_KEY, Batch, Store
 from pipeline.verify import check_result, follows
 
+_STEP_BYTES = 8 << 10
+"""What a step keeps beside its writes and its frame: header, vectors, position. Most of what a small block costs."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
@@ -237,7 +240,7 @@ class Replica:
 
     def push(self, step: Step) -> None:
         """Make a computed step readable."""
-        self.layers.push(step.header.seq, step.effect.writes)
+        self.layers.push(step.header.seq, step.effect.writes, held_bytes=_STEP_BYTES + len(step.whole))
         self._steps[step.header.seq] = step
 
     def accept(self, step: Step, *, offset: int, digest: bytes) -> None:
@@ -304,6 +307,9 @@ class Replica:
         for step in reversed(self._steps.values()):
             if step.header.ref.height == height:
                 return None if step.header.kind is Kind.UNDO else step.header.seq
+        return self._accepted_seq_at(height)
+
+    def _accepted_seq_at(self, height: int) -> int | None:
         key = journal.height_key(height)
         data = self._undo[key] if key in self._undo else self.store.get_undo(key)
         return None if data is None else int.from_bytes(data, "big")
@@ -322,7 +328,7 @@ class Replica:
         bound = min(meta.final_height, meta.archived_to - 1) if self._archives else meta.final_height
         height, first = meta.journal_first_height, meta.journal_first_seq
         while height <= min(bound, meta.tip.height):
-            seq = self.seq_at(height)
+            seq = self._accepted_seq_at(height)
             if seq is not None:
                 for old in range(first, seq + 1):
                     self._undo[journal.entry_key(old)] = None
