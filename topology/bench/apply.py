@@ -22,7 +22,7 @@ from typing import Any
 
 from rocksdict import Rdict, WriteBatch
 
-from pipeline import archive, frame, primary
+from pipeline import frame, primary
 from pipeline.block import Block, decode_event
 from pipeline.diff import Diff
 from pipeline.frame import Feature
@@ -33,6 +33,7 @@ from pipeline.state import UTXO
 from pipeline.stores.base import Batch
 from pipeline.stores.memory import MemoryStore
 from pipeline.stores.rocksdb import RocksStore, state_options
+from topology.archiver import Archiver
 from topology.bench import loads
 from topology.bench.report import Row, Stage, stages_of
 from topology.bench.workers import Worker, peak_rss_mb
@@ -105,7 +106,7 @@ class Applier:
 
     def __init__(self, path: Path, real: loads.RealBlock | None) -> None:
         self._store = RocksStore(path / "store")
-        self._objects = LocalObjects(path / "objects")
+        self._archiver = Archiver(LocalObjects(path / "objects"))
         self._replica = loads.open_replica(self._store, real, archives=real is None)
         self._goes_back = real is not None
         self._offset = self._replica.meta.diffs.next_offset
@@ -148,14 +149,7 @@ class Applier:
         replica.commit()
         if not self._goes_back:
             with self._stopwatch.stage(ARCHIVE):
-                self._archive()
-
-    def _archive(self) -> None:
-        meta = self._replica.meta
-        for first, last in archive.plan_segments(meta.archived_to, meta.final_height):
-            name = archive.segment_name(meta.chain_id, meta.generation, meta.shard, first, last)
-            self._objects.put_new(name, archive.Committed(self._store).segment(first, last))
-            self._replica.archived(last + 1)
+                self._archiver.advance(replica, proven=True)
 
     def _take_back(self) -> None:
         kept = dict(self._stopwatch.seconds)

@@ -10,7 +10,9 @@ import click
 
 from topology.bench import apply as apply_bench
 from topology.bench import loads, report
+from topology.bench import pipeline as pipeline_bench
 from topology.bench import reads as reads_bench
+from topology.bench import restore as restore_bench
 from topology.bench import wire as wire_bench
 
 
@@ -91,3 +93,35 @@ def reads(keys: int | None, lookups: int | None, quick: bool, as_json: bool) -> 
         lookups=lookups or (20_000 if quick else reads_bench.LOOKUPS),
     )
     report.show("bench reads", rows, as_json=as_json)
+
+
+@bench.command()
+@click.option("--blocks", type=click.IntRange(10), help="Blocks of each row.", show_default="200")
+@click.option("--changes", "sizes", type=click.IntRange(2), multiple=True, help="Changes a block.", show_default="5000")
+@click.option("--tip-blocks", type=click.IntRange(5), help="Blocks at the tip, 100 ms apart.", show_default="100")
+@_common
+def pipeline(blocks: int | None, sizes: tuple[int, ...], tip_blocks: int | None, quick: bool, as_json: bool) -> None:
+    """Source, primary and replica as real processes on the embedded log."""
+    rows = pipeline_bench.run(
+        blocks=blocks or (20 if quick else pipeline_bench.BLOCKS),
+        sizes=sizes or ((1_000,) if quick else pipeline_bench.SIZES),
+        tip_blocks=tip_blocks or (10 if quick else pipeline_bench.TIP_BLOCKS),
+        tip_changes=500 if quick else pipeline_bench.TIP_CHANGES,
+    )
+    report.show("bench pipeline", rows, as_json=as_json)
+
+
+@bench.command()
+@click.option(
+    "--keys",
+    "sizes",
+    type=click.IntRange(1),
+    multiple=True,
+    help="Keys to restore; may be repeated.",
+    show_default="100000, 2000000",
+)
+@_common
+def restore(sizes: tuple[int, ...], quick: bool, as_json: bool) -> None:
+    """A restore from a snapshot, against replaying all frames and against copying files."""
+    rows = restore_bench.run(sizes=sizes or ((20_000,) if quick else restore_bench.SIZES))
+    report.show("bench restore", rows, as_json=as_json)

@@ -70,7 +70,9 @@ def source_epoch() -> SourceEpoch:
     return SourceEpoch(stamp=_STAMP, resume_walk=1)
 
 
-def open_replica(store: Store, real: RealBlock | None, *, archives: bool = False) -> Replica:
+def open_replica(
+    store: Store, real: RealBlock | None = None, *, archives: bool = False, finality: int = FINALITY_DEFAULT
+) -> Replica:
     """A replica on an empty store, at a real block's base coins or before the first block, with its writer in
     force."""
     generation = Generation(generation=_GENERATION, chain_id=CHAIN)
@@ -83,7 +85,7 @@ def open_replica(store: Store, real: RealBlock | None, *, archives: bool = False
             base_vectors=base.advance(EMPTY_VECTORS),
             base_counts=base.count(EMPTY_COUNTS),
         )
-    opening = Opening(generation=generation, finality=FINALITY_DEFAULT)
+    opening = Opening(generation=generation, finality=finality)
     replica = Replica(store, _meta(opening), archives=archives)
     replica.step(epoch_frame(replica.meta, _WRITER), 1)
     replica.commit()

@@ -71,12 +71,14 @@ def _serve(connection: Connection, make: Callable[..., Answering], arguments: tu
             worker.close()
 
 
-def peak_rss_mb() -> float:
-    """The most memory that this process ever had resident."""
-    status = Path("/proc/self/status")
+def peak_rss_mb(process_id: int | None = None) -> float:
+    """The most memory that a process ever had resident; None: this one. Another one's is known only on Linux."""
+    status = Path("/proc", "self" if process_id is None else str(process_id), "status")
     if status.exists():  # getrusage would count what the parent had when this process was forked off it
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024
+    if process_id is not None:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
