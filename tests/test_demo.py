@@ -65,7 +65,7 @@ def test_figures_are_measured(found: dict[str, Any]) -> None:
     assert found["wire_mainnet"]["frames"] == 600
     assert wire["frames"] == BLOCKS + 6
     assert 0 < wire["bytes_per_change"] == wire["size_bytes"] / wire["changes"]
-    assert found["snapshot_height"] <= found["tip_height"] - 100
+    assert found["snapshot_height"] <= found["tip_height"] - 40
     assert min(found[name] for name in ("restore_s", "restore_to_tip_s", "replay_s", "changes_per_s")) > 0
     assert found["nodes"]["replica"]["peak_memory_mb"] < 300
 

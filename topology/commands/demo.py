@@ -36,7 +36,7 @@ from topology.demo.walk import Plan
     help="Folder of mainnet blocks 0 to 599 and what their coins must be.",
 )
 @click.option(
-    "--blocks", type=click.IntRange(walk.BLOCKS_MIN), default=400, show_default=True, help="Synthetic ones on top."
+    "--blocks", type=click.IntRange(walk.BLOCKS_MIN), default=300, show_default=True, help="Synthetic ones on top."
 )
 @click.option("--changes", type=click.IntRange(2), default=2000, show_default=True, help="Of each synthetic block.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
@@ -74,7 +74,7 @@ def _show(facts: Facts, plan: Plan, screen: Screen) -> None:
     out.print(table(NODES, facts.rows()))
     out.print()
     for name, text in _figures(facts):
-        out.print(f"{name:<17}{text}")
+        out.print(f"{name:<14}{text}")
     out.print()
     if not list(facts.mismatches()):
         out.print("All three hold the same state, each by its own computation.")
@@ -91,12 +91,12 @@ def _figures(facts: Facts) -> list[tuple[str, str]]:
         (
             "on the wire",
             f"{made.size_bytes / made.changes:.1f} bytes a change in synthetic blocks"
-            + (f"; as JSON with zstd-3 {as_json:.1f}" if as_json else ""),
+            + (f" (JSON + zstd: {as_json:.1f})" if as_json else ""),
         ),
         ("", f"{real.size_bytes / real.frames:.0f} bytes a frame in the small blocks of mainnet"),
         (
             "restore",
-            f"{restored_s:.1f} s: {facts.restore_s:.1f} s to height {facts.restore_height}, proven, and "
+            f"{restored_s:.1f} s: {facts.restore_s:.1f} s to {facts.restore_height}, proven; "
             f"{facts.restore_to_tip_s:.1f} s of frames to {facts.tip_height}",
         ),
         ("replay", f"{facts.replay_s:.1f} s: all frames from the first one to {facts.tip_height}"),

@@ -15,6 +15,7 @@ _WIDTH = 110
 """Of a table that goes to a file."""
 _LINE_EVERY_S = 1.0
 _RATE_OVER_S = 2.0
+_ETA_AFTER_S = 0.4
 
 
 class Screen:
@@ -65,7 +66,7 @@ class Bar:
         elapsed_s = now_s - then_s
         rate = (changes - changes_then) / elapsed_s if elapsed_s else 0.0
         pace = (done_blocks - blocks_then) / elapsed_s if elapsed_s else 0.0
-        eta = f"{max(self._total - done_blocks, 0) / pace:.0f} s" if pace else "-"
+        eta = f"{max(self._total - done_blocks, 0) / pace:.0f} s" if pace and elapsed_s > _ETA_AFTER_S else "-"
         shown = "-" if height < 0 else height
         words = f"height {shown:>4}  {rate:>7,.0f} changes/s  lag {lag_blocks:>3} blocks  ETA {eta}"
         if self._progress is not None:

@@ -26,6 +26,9 @@ REORG_DEPTH = 6
 BLOCKS_MIN = 2 * (REORG_DEPTH + 11)
 """Of the synthetic chain: its reorg happens halfway, and not before there is something to leave."""
 
+FINALITY = 40
+"""Less than the default of 100, so that a short chain has many final blocks, and few that only frames can bring."""
+
 _MARK = "DEMO"
 _POLL_S = 0.05
 _SNAPSHOT_AT = 0.75
@@ -143,7 +146,7 @@ class _Demo:
         """Two workers, and real blocks through them, up to a height whose coins are known."""
         facts = self.facts
         self.screen.say("1  a primary and a replica start, in processes of their own")
-        starts = (self.start("primary", "primary"), self.start("replica", "replica"))
+        starts = (self.start("primary", "primary", "--finality", str(FINALITY)), self.start("replica", "replica"))
         files = sorted(map(str, self.plan.mainnet.glob("blk*.dat")))
         publish = self.command("ingest", "bitcoin", *files, "--data-dir", str(self.plan.data_dir("source")))
         *_, published = await asyncio.gather(*starts, publish)
@@ -251,8 +254,8 @@ class _Demo:
 
     # Means
 
-    async def start(self, name: str, role: str) -> None:
-        given = ("--broker", self.plan.broker, "--objects", self.plan.objects)
+    async def start(self, name: str, role: str, *arguments: str) -> None:
+        given = ("--broker", self.plan.broker, "--objects", self.plan.objects, *arguments)
         self.workers[name] = await self.processes.start(name, self.plan.data_dir(name), "--role", role, *given)
 
     async def command(self, *arguments: str) -> dict[str, Any]:
