@@ -10,6 +10,7 @@ from collections.abc import Awaitable
 from typing import Any
 
 import faust
+from faust.tables import TableManager
 from mode.supervisors import CrashingSupervisor
 
 from topology import applier, replicator
@@ -22,6 +23,23 @@ POLL_RECORDS_MAX = 6
 frames from being read back, and both wait for ever."""
 ACKNOWLEDGEMENTS_MAX = 256
 """Sends not yet acknowledged; the applier waits above it."""
+
+
+class NoTables(TableManager):  # type: ignore[misc]
+    """Faust waits a second at every start, for tables that may still be declared: here are none."""
+
+    async def on_start(self) -> None:
+        await self._update_channels()
+        await self.recovery.start()
+
+
+class _NoTables(TableManager):  # type: ignore[misc]
+    """Faust waits a second at every start for tables to be declared; there are none."""
+
+    async def on_start(self) -> None:
+        if not self.should_stop:
+            await self._update_channels()
+            await self.recovery.start()
 
 
 class Application:
@@ -37,6 +55,7 @@ class Application:
             group,
             broker=node.settings.broker_url,
             datadir=node.data_dir.path / "faust",
+            TableManager=_NoTables,
             agent_supervisor=CrashingSupervisor,  # the default goes on behind a failed record
             stream_wait_empty=False,  # else SIGTERM waits for records that nobody acks
             stream_buffer_maxsize=STREAM_BUFFER_RECORDS,
@@ -49,6 +68,7 @@ class Application:
             topic_partitions=1,
             web_enabled=False,
             web_tables_enabled=False,
+            TableManager=NoTables,
             value_serializer="raw",
             key_serializer="raw",
         )
