@@ -136,6 +136,8 @@ def audit(entries: Iterable[tuple[bytes, bytes]]) -> Audited:
             key_bytes, table_id = len(storage_key), schema.table_id
             table_keys, values = pending[table_id]
             middle, stop = 3 + schema.short_at, 1 + schema.route_bytes - schema.short_at
+        if storage_key[0] << 8 | storage_key[1] != storage_key[3] << 4 | storage_key[4] >> 4:
+            schema_of_storage_key(storage_key)  # raises: nobody would look for the key in this group
         if schema.is_short and len(stored) >= stop and stored[0] == 1:
             # `Schema.items`, for the one layout that all but a few entries have.
             table_keys.append(storage_key[3:middle] + stored[1:stop] + storage_key[middle:])
