@@ -224,6 +224,16 @@ def test_content_that_no_block_has_is_corrupt(diff: TableDiff, message: str) -> 
         decode_whole(UTXO, memoryview(encode_whole(diff)))
 
 
+def test_heads_of_values_stand_in_planes() -> None:
+    """The first 3 bytes of every value that has so many come first, plane by plane; then what is left of all."""
+    values = [b"abcd", b"xy", b"ABC", b"", b"123456"]
+    keys = [coin(number) for number in range(5)]
+    data = encode_whole(whole(keys, created_values=values))
+
+    assert b"\x01\x04\x02\x03\x00\x06" + b"aA1" + b"bB2" + b"cC3" + b"d" + b"xy" + b"456" in data
+    assert decode_whole(UTXO, memoryview(data)).created_values == values
+
+
 def test_inverting_twice_changes_nothing() -> None:
     """Created and deleted trade places, before and after too."""
     diff = whole([coin(1)], updated_keys=[coin(2)], updated_befores=[b"b"], updated_afters=[b"a"])
