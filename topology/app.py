@@ -33,15 +33,6 @@ class NoTables(TableManager):  # type: ignore[misc]
         await self.recovery.start()
 
 
-class _NoTables(TableManager):  # type: ignore[misc]
-    """Faust waits a second at every start for tables to be declared; there are none."""
-
-    async def on_start(self) -> None:
-        if not self.should_stop:
-            await self._update_channels()
-            await self.recovery.start()
-
-
 class Application:
     """A node's Faust app, built and not started."""
 
@@ -55,7 +46,6 @@ class Application:
             group,
             broker=node.settings.broker_url,
             datadir=node.data_dir.path / "faust",
-            TableManager=_NoTables,
             agent_supervisor=CrashingSupervisor,  # the default goes on behind a failed record
             stream_wait_empty=False,  # else SIGTERM waits for records that nobody acks
             stream_buffer_maxsize=STREAM_BUFFER_RECORDS,
