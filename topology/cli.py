@@ -8,6 +8,7 @@ Exit codes are those of `pipeline.errors`, and stable: 0 done, 1 failed, 2 usage
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -15,20 +16,43 @@ import sys
 import click
 
 from pipeline.errors import StateferryError, UsageError
-from topology.bench.cli import bench
-from topology.commands.demo import demo
-from topology.commands.frames import frames
-from topology.commands.generation import generation_group
-from topology.commands.ingest import ingest
-from topology.commands.quarantine import quarantine
-from topology.commands.restore import restore
-from topology.commands.run import run
-from topology.commands.store import get, root, scan, snapshot, status, verify
-
+_COMMANDS = {
+    "ingest": "topology.commands.ingest:ingest",
+    "run": "topology.commands.run:run",
+    "status": "topology.commands.store:status",
+    "get": "topology.commands.store:get",
+    "scan": "topology.commands.store:scan",
+    "root": "topology.commands.store:root",
+    "verify": "topology.commands.store:verify",
+    "snapshot": "topology.commands.store:snapshot",
+    "restore": "topology.commands.restore:restore",
+    "frame": "topology.commands.frames:frames",
+    "quarantine": "topology.commands.quarantine:quarantine",
+    "generation": "topology.commands.generation:generation_group",
+    "bench": "topology.bench.cli:bench",
+    "demo": "topology.commands.demo:demo",
+}
+"""Imported when they are asked for: Faust and the benches are half of a second that most commands do not need."""
 _INTERRUPTED = 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Commands(click.Group):
+    """A group that imports the command that runs, and no other."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        place = _COMMANDS.get(cmd_name)
+        if place is None:
+            return None
+        module, _, name = place.partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        assert command.name == cmd_name, (command.name, cmd_name)
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="stateferry", message="stateferry %(version)s")
 def cli() -> None:
     """Ferry chain state from where blocks arrive to where people need it, and prove it at every block.
@@ -37,25 +61,6 @@ def cli() -> None:
     1 failed, 2 usage, 3 diverged, 4 gap, 5 corrupt input, 6 wrong chain, 7 fenced, 8 unsupported, 9 locked,
     10 disk full, 11 rewind deeper than finality, 12 not proven, 13 not found.
     """
-
-
-for command in (
-    ingest,
-    run,
-    status,
-    get,
-    scan,
-    root,
-    verify,
-    snapshot,
-    restore,
-    frames,
-    quarantine,
-    generation_group,
-    bench,
-    demo,
-):
-    cli.add_command(command)
 
 
 def main() -> None:
