@@ -1,0 +1,138 @@
+"""Every benchmark runs at tiny sizes; rows have their shape; what does not depend on the clock holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from pipeline.position import decode_meta
+from pipeline.stores.base import META_KEY
+from pipeline.stores.rocksdb import RocksStore
+from topology.bench import apply as apply_bench
+from topology.bench import loads, report
+from topology.bench.cli import bench
+from topology.bench.report import Row, stages_of
+from topology.bench.workers import Worker
+
+
+def bench_rows(*arguments: str) -> dict[str, dict[str, Any]]:
+    """What a benchmark prints as JSON, by name; the shape that all have is checked."""
+    result = CliRunner().invoke(bench, [*arguments, "--json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    rows = {row["name"]: row for row in json.loads(result.stdout)}
+    for row in rows.values():
+        measures = row.keys() - {"name", "baseline", "ratio", "peak_rss_mb", "stages"}
+        assert measures, row
+        assert all(row[measure] >= 0 for measure in measures), row
+        assert (row["baseline"] is None) == (row["ratio"] is None), row
+        assert row["baseline"] is None or (row["baseline"] in rows and row["ratio"] > 0), row
+        assert row["peak_rss_mb"] is None or row["peak_rss_mb"] > 1, row
+    return rows
+
+
+@pytest.fixture(scope="module")
+def wire() -> dict[str, dict[str, Any]]:
+    return bench_rows("wire", "--quick")
+
+
+@pytest.mark.parametrize("height", [367_891, 300_025])
+def test_frames_of_real_blocks_are_small(wire: dict[str, dict[str, Any]], height: int) -> None:
+    """With references, 1.8 times below JSON with zstd-3; nothing that names keys whole comes near."""
+    assert wire[f"block-{height}/frame"]["ratio"] >= 1.8
+    assert wire[f"block-{height}/grouped-whole-keys+zstd-3"]["ratio"] < 1.3
+    assert wire[f"block-{height}/archived"]["bytes_per_change"] > wire[f"block-{height}/hash-bytes"]["bytes_per_change"]
+
+
+def test_wire_compares_with_json(wire: dict[str, dict[str, Any]]) -> None:
+    """All rows of a load have its JSON row as baseline; the frame also says what making it costs."""
+    for name, row in wire.items():
+        load, encoding = name.split("/")
+        assert row["baseline"] == (None if encoding == "json+zstd-3" else f"{load}/json+zstd-3")
+        assert ("encode_share" in row) == (encoding == "frame")
+        if encoding == "frame":
+            assert 0 < row["encode_share"] < 0.5
+
+
+def test_apply_has_stages_that_sum_up() -> None:
+    """Each load has its bare baselines, and stages that are all of its time."""
+    rows = bench_rows("apply", "--blocks", "3", "--changes", "300", "--quick")
+
+    assert list(rows) == [
+        f"{row}{load}{more}"
+        for load in ("block-367891", "synthetic-300")
+        for row, more in (("writebatch-", ""), ("writebatch-", "-sorted"), ("", ""))
+    ]
+    for name in ("block-367891", "synthetic-300"):
+        stages = rows[name]["stages"]
+        assert [stage["name"] for stage in stages] == [*apply_bench.STAGES, "rest"]
+        assert sum(stage["share"] for stage in stages) == pytest.approx(1)
+        assert sum(stage["us_per_change"] for stage in stages) == pytest.approx(1e6 / rows[name]["changes_per_s"])
+
+
+def test_apply_prunes_and_archives(tmp_path: Path) -> None:
+    """Behind finality the journal is pruned, and whole segments stand in the archive: a row does all the work."""
+    events = [loads.event_of(block, walk) for walk, block in enumerate(loads.synthetic_blocks(170, 9), 1)]
+    with Worker(apply_bench.Applier, tmp_path, None) as applier:
+        applier.ask(events)
+    store = RocksStore(tmp_path / "store")
+    held = store.get_meta(META_KEY)
+    store.close()
+
+    assert held is not None
+    meta = decode_meta(held)
+    assert (meta.tip.height, meta.final_height, meta.archived_to) == (169, 69, 64)
+    assert meta.journal_first_height == 64
+    assert len(list((tmp_path / "objects").rglob("*.seg"))) == 1
+
+
+def test_without_real_blocks_only_synthetic_rows_run(tmp_path: Path) -> None:
+    """A package installed without the repository says so."""
+    result = CliRunner().invoke(
+        bench, ["apply", "--blocks", "1", "--changes", "50", "--data", str(tmp_path), "--json"], catch_exceptions=False
+    )
+
+    assert [row["name"] for row in json.loads(result.stdout)][-1] == "synthetic-50"
+    assert len(json.loads(result.stdout)) == 3
+    assert loads.WITHOUT_DATA.split(":", maxsplit=1)[0][:40] in result.stderr.replace("\n", " ")
+
+
+def test_reads() -> None:
+    """Hits are found, misses are not (the benchmark asserts it); every row has its bare one."""
+    rows = bench_rows("reads", "--keys", "3000", "--lookups", "2000")
+
+    kinds = ("hit-1", "hit-100", "miss-1", "miss-100")
+    assert set(rows) == {*kinds, *(f"rocksdict-{kind}" for kind in kinds)}
+
+
+def test_restore() -> None:
+    """Each way leads to the same number of keys (the benchmark asserts it)."""
+    rows = bench_rows("restore", "--keys", "9000")
+
+    assert list(rows) == [f"{way}-9000" for way in ("replay", "copy", "restore-claimed", "restore-proven")]
+
+
+def test_pipeline() -> None:
+    """Real processes: all changes arrive, and lags are positive."""
+    rows = bench_rows("pipeline", "--blocks", "12", "--changes", "100", "--tip-blocks", "5", "--quick")
+
+    assert list(rows) == ["apply-100", "primary-100", "replica-100", "tip-500"]
+    tip = rows["tip-500"]
+    assert 0 < tip["primary_p50_ms"] <= tip["primary_p99_ms"]
+    assert 0 < tip["replica_p50_ms"] <= tip["replica_p99_ms"]
+
+
+def test_stages_are_shown_under_their_row(capsys: pytest.CaptureFixture[str]) -> None:
+    """A table for people has a line per stage, and a rest."""
+    row = Row(name="some", measures={"changes_per_s": 1e6}, stages=stages_of({"one": 1.0}, 4.0), changes=2_000_000)
+
+    report.show("title", [row], as_json=False, notes=["a note"])
+
+    shown = capsys.readouterr().out
+    assert "1,000,000" in shown
+    assert "0.50 us" in shown and "25%" in shown
+    assert "1.50 us" in shown and "75%" in shown
+    assert "a note" in shown
