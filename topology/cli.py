@@ -16,6 +16,7 @@ import sys
 import click
 
 from pipeline.errors import StateferryError, UsageError
+
 _COMMANDS = {
     "ingest": "topology.commands.ingest:ingest",
     "run": "topology.commands.run:run",
