@@ -34,7 +34,7 @@ class Layers:
     def read(self, storage_keys: list[bytes]) -> list[bytes | None]:
         """One multi-get, through all layers."""
         merged = self._merged
-        if merged.keys().isdisjoint(storage_keys):
+        if not merged or merged.keys().isdisjoint(storage_keys):
             return self._store.get(storage_keys)
         below = iter(self._store.get([key for key in storage_keys if key not in merged]))
         return [merged[key] if key in merged else next(below) for key in storage_keys]
