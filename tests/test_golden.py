@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import msgpack
 import pytest
 from blake3 import blake3
 from walks import GENERATION, NO_PARENT, OPENING, STAMP, block, coin, ref
@@ -278,6 +279,15 @@ def test_meta_and_stored_entries() -> None:
     assert dict(entries) == held(STATE)
     assert sorted(stored[0] for _, stored in entries) == [1, 1, 2]
     check_audit(audit(iter(entries)), meta.tip)
+
+
+def test_every_field_is_written_down() -> None:
+    """What a MessagePack map or a frame holds stands in FORMAT.md."""
+    page = (GOLDEN.parents[1] / "pipeline/FORMAT.md").read_text()
+    maps = [msgpack.unpackb(golden(name)[skip:]) for name, skip in (("meta", 0), ("generation_second", 13))]
+    maps += [msgpack.unpackb(golden(name)[13:]) for name, _ in EVENTS]
+
+    assert [field for fields in maps for field in fields if f"`{field}`" not in page] == []
 
 
 def test_no_golden_file_is_overwritten() -> None:

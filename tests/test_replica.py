@@ -304,6 +304,17 @@ def test_message_in_force_discards_incomplete_chunks(between: bytes) -> None:
     assert node.meta.seq == 2
 
 
+def test_writer_forgets_incomplete_chunks_as_every_reader_does() -> None:
+    """A frame that the writer knows without decoding it discards what is incomplete, too."""
+    writer = started()
+    writer.take(CHUNK[0], 4)
+    assert not writer.replica.is_between_messages
+    writer.propose(THIRD, 3)
+    writer.follow()
+
+    assert writer.replica.is_between_messages
+
+
 def test_epoch_hands_over() -> None:
     """A valid EPOCH puts the next writer in force; it is stored, and the old writer's frames are void."""
     node = Node(started().wire)
@@ -443,7 +454,9 @@ def test_chain_may_begin_at_any_height() -> None:
     """Without a base the first block's height is where the journal and the archive begin."""
     driven = drive(make_walk(1, 60, first_height=1_000_000), seed=1)
     node = Node(driven.wire)
-    node.follow(3)
+    while node.meta.seq == 0:
+        node.follow(1)
+    assert (node.meta.tip.height, node.meta.journal_first_height) == (1_000_000, 1_000_000)
     node.follow_and_commit()
 
     assert node.meta.journal_first_height == node.meta.final_height + 1
