@@ -32,6 +32,7 @@ NAMES: Final = (
     "restore.before_ingest",  # all parts are here
     "restore.after_ingest",  # the store has them, but no position yet
     "restore.frame_applied",  # one archived frame was applied
+    "prove.range_hashed",  # a helper process hashed its share, nobody knows
     "prove.hashed",  # every key was hashed, the proof is not written
     "ingest.published",  # one batch of events is acknowledged
 )

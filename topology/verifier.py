@@ -116,9 +116,11 @@ def _audit_range(path: Path, start: int, stop: int, report: Report) -> Audited:
     store = RocksStore(path, read_only=True)
     try:
         until = None if stop == KEY_GROUPS else stop.to_bytes(_GROUP_BYTES, "big")
-        return audit(_counted(store.scan(start.to_bytes(_GROUP_BYTES, "big"), until), report))
+        found = audit(_counted(store.scan(start.to_bytes(_GROUP_BYTES, "big"), until), report))
     finally:
         store.close()
+    failpoints.hit("prove.range_hashed")
+    return found
 
 
 def _counted(entries: Iterable[tuple[bytes, bytes]], report: Report) -> Iterator[tuple[bytes, bytes]]:
