@@ -153,7 +153,7 @@ def plan(manifests: Sequence[Manifest], segments: Sequence[SegmentObject], heigh
     wanted = "any height" if height is None else f"height {height}"
     raise NotFound(
         f"nothing in the object store leads to {wanted}{missing or ': no snapshot and no archive is there'}",
-        way_out="`stateferry snapshots` lists what there is",
+        way_out="`stateferry status` lists what there is",
     )
 
 

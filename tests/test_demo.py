@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,3 +102,18 @@ def test_it_empties_no_folder_of_others(tmp_path: Path) -> None:
 
     assert (done.returncode, json.loads(done.stdout)["error"]) == (2, "NotEmpty")
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_mismatch_is_an_exit_code(tmp_path: Path) -> None:
+    """Another MuHash than the expected one ends the demo with the code of a divergence."""
+    mainnet = tmp_path / "mainnet"
+    shutil.copytree(ROOT / "tests/data/bitcoin/mainnet_0_599", mainnet)
+    expected = json.loads((mainnet / "expected_final.json").read_text())
+    (mainnet / "expected_final.json").write_text(json.dumps(expected | {"muhash": "00" * 32}))
+    sizes = ("--mainnet", str(mainnet), "--blocks", "34", "--changes", "10")
+    done = subprocess.run(demo(tmp_path / "data", *sizes), cwd=ROOT, capture_output=True, text=True, check=False)
+    document = json.loads(done.stdout)
+
+    assert (done.returncode, document["agreed"]) == (3, False)
+    assert len(document["mismatches"]) == 2
+    assert all("MuHash at height 599" in mismatch for mismatch in document["mismatches"])

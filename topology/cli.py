@@ -2,7 +2,7 @@
 
 Exit codes are those of `pipeline.errors`, and stable: 0 done, 1 failed, 2 usage, 3 diverged, 4 gap, 5 corrupt input,
 6 wrong chain or generation, 7 fenced, 8 unsupported version, 9 locked, 10 disk full, 11 rewind deeper than finality,
-12 not proven, 13 not found. Ctrl-C ends with 130.
+12 not proven, 13 not found, 14 broker unavailable. Ctrl-C ends with 130.
 """
 
 from __future__ import annotations
@@ -60,14 +60,15 @@ def cli() -> None:
 
     Settings come from options, then STATEFERRY_... in the environment, then stateferry.toml. Exit codes: 0 done,
     1 failed, 2 usage, 3 diverged, 4 gap, 5 corrupt input, 6 wrong chain, 7 fenced, 8 unsupported, 9 locked,
-    10 disk full, 11 rewind deeper than finality, 12 not proven, 13 not found.
+    10 disk full, 11 rewind deeper than finality, 12 not proven, 13 not found, 14 broker unavailable.
     """
 
 
 def main() -> None:
     """Run a command; errors of ours become a sentence on stderr (and a document with --json) and their exit code."""
     try:
-        cli.main(standalone_mode=False)
+        result = cli.main(standalone_mode=False)
+        code = result if isinstance(result, int) else 0  # what `Exit` carried
     except StateferryError as error:
         _show(error)
         code = error.exit_code
@@ -76,10 +77,6 @@ def main() -> None:
         code = UsageError.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = _INTERRUPTED
-    except click.exceptions.Exit as error:
-        code = error.exit_code
-    else:
-        code = 0
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -347,7 +347,7 @@ class _Restorer:
                     f"a part has {size} bytes and digest {digest.hex()}, the manifest says {part.size_bytes} and "
                     f"{part.digest.hex()}",
                     where=name,
-                    way_out="restore from another snapshot: `stateferry snapshots` lists them",
+                    way_out="restore from another snapshot with --height: `stateferry status` lists them",
                 )
         failpoints.hit("restore.part_fetched")
         return part.size_bytes

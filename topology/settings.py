@@ -81,6 +81,9 @@ class Settings(BaseSettings):
 
 def load(**given: Any) -> Settings:
     """The settings with what the command line gave (None: not given). Raises UsageError, naming the field."""
+    named = os.environ.get(CONFIG_VARIABLE)
+    if named and not Path(named).exists():
+        raise UsageError("the file of settings is not there", where=named, way_out=f"check {CONFIG_VARIABLE}")
     try:
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:

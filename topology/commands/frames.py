@@ -15,7 +15,7 @@ from pipeline.apply import describe_key
 from pipeline.archive import MAGIC as SEGMENT_MAGIC
 from pipeline.archive import Segment
 from pipeline.diff import Diff, decode_whole_body, join_tables, squash
-from pipeline.errors import FrameCorrupt, FrameIdMismatch, UsageError
+from pipeline.errors import CorruptInput, FrameCorrupt, FrameIdMismatch, UsageError
 from pipeline.frame import Feature, Frame, Header, Kind
 from pipeline.state import SCHEMAS
 from topology import logs
@@ -37,10 +37,14 @@ def read_frames(files: tuple[Path, ...], height: int | None = None) -> Iterator[
     found = False
     for file in files:
         data = file.read_bytes()
-        for one in Segment.open(data).frames() if data[:4] == SEGMENT_MAGIC else [data]:
-            if height is None or frame.peek(one).ref.height == height:
-                found = True
-                yield one
+        try:
+            for one in Segment.open(data).frames() if data[:4] == SEGMENT_MAGIC else [data]:
+                if height is None or frame.peek(one).ref.height == height:
+                    found = True
+                    yield one
+        except CorruptInput as error:
+            error.where = error.where or str(file)
+            raise
     if not found:
         raise UsageError(f"no frame of height {height} in these files")
 
