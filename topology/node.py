@@ -132,6 +132,7 @@ class Node:
         self._skip_blocks_to = 0
         self._opened = False
         self._started = False  # the ends of the topics are known
+        self._handling = 0  # records taken, and not yet known to be good
         self.archiver: Archiver | None = None
 
     # Opening and closing
@@ -321,6 +322,13 @@ class Node:
         self.next_diffs = offset + 1
         self.last_progress_s = time.monotonic()
         failpoints.hit("follow.read")
+        self._handling += 1
+        try:
+            await self._follow(offset, record)
+        finally:
+            self._handling -= 1
+
+    async def _follow(self, offset: int, record: bytes) -> None:
         try:
             if self.state is State.LEADING and self._primary is not None:
                 outcome = self._primary.follow(record, offset)
@@ -447,6 +455,13 @@ class Node:
             return []
         self.next_blocks = offset + 1
         self.last_progress_s = time.monotonic()
+        self._handling += 1
+        try:
+            return await self._propose(primary, offset, record)
+        finally:
+            self._handling -= 1
+
+    async def _propose(self, primary: Primary, offset: int, record: bytes) -> list[Awaitable[Any]]:
         ahead = primary.ahead
         source = (ahead.source_epoch, ahead.source_writer)
         try:
@@ -500,7 +515,9 @@ class Node:
     @property
     def has_consumed_all(self) -> bool:
         """Whether everything that was in the topics at the start is consumed, and own frames are committed."""
-        if not self._started or self.next_diffs < self.ends.diffs or self._uncommitted or self._commit_is_due:
+        if not self._started or self._handling or self._uncommitted or self._commit_is_due:
+            return False
+        if self.next_diffs < self.ends.diffs:
             return False
         if self.role is Role.REPLICA:
             return True
