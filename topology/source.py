@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from pipeline import chunk, failpoints
 from pipeline.block import Block, BlockRef, Connect, Event, Rewind, SourceEpoch, SourceStamp, encode_event
-from pipeline.errors import EventCorrupt
+from pipeline.errors import BlockOrphan, EventCorrupt
 from pipeline.generation import Generation
 from pipeline.inlet import EventReader, SourcePosition
 from pipeline.sources import branch
@@ -80,7 +80,13 @@ class Publisher:
         if self._is_below_base(offer):
             self._first_below_base = self._first_below_base or offer
             return Published(ref=None, rewound_to=None)
-        planned = branch.plan(self.position.branch, offer.parent_hash, offer.block_hash, again=again, where=offer.where)
+        try:
+            planned = branch.plan(
+                self.position.branch, offer.parent_hash, offer.block_hash, again=again, where=offer.where
+            )
+        except BlockOrphan:
+            offer.make(0)  # garbage has an unknown parent too, but that is not what is wrong with it
+            raise
         match planned:
             case branch.Skip():
                 return Published(ref=None, rewound_to=None)

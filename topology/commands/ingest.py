@@ -194,6 +194,7 @@ def _check_first_block(file: Path) -> None:
     raw = next(bitcoin_files.read_blocks(file))
     header = bitcoin.parse_header(raw.data, where=raw.where)
     if header.parent_hash != bitcoin.NO_PARENT:
+        bitcoin.parse_block(raw.data, 0, where=raw.where)  # garbage has a parent too
         raise BlockOrphan(
             f"block {header.block_hash[::-1].hex()} has the parent {header.parent_hash[::-1].hex()}, and the topic is "
             "empty",
