@@ -6,8 +6,11 @@ once, and every block is a commit of its own. Its baseline `writebatch-synthetic
 and netted beforehand, in the block's order, with one bare WriteBatch a block to a RocksDB of the same options.
 `writebatch-synthetic-5000-sorted` gets them sorted beforehand as well: the most that RocksDB can take in on one thread.
 
-They take turns, some blocks each. The row `block-367891` applies one real block on its base coins again and again;
-between two times it is taken back, untimed.
+They take turns, some blocks each. `cpu_us_per_change` is CPU time of the one thread that does it: on a machine with
+other work to do it says more than the clock on the wall, from which everything else is taken.
+
+The row `block-367891` applies one real block on its base coins again and again; between two times it is taken back,
+untimed.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rocksdict import Rdict, WriteBatch
 
@@ -45,6 +48,31 @@ BLOCKS = 200
 REPEATS = 40
 """Times that the real block is applied."""
 _TURN_BLOCKS = 10
+
+
+class Taken(NamedTuple):
+    """Time that something took, by the clock on the wall and of this thread's CPU."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+
+    def plus(self, more: Taken) -> Taken:
+        return Taken(self.wall_s + more.wall_s, self.cpu_s + more.cpu_s)
+
+
+class Clock:
+    """Sums up what is done in its context."""
+
+    def __init__(self) -> None:
+        self.taken = Taken()
+        self._start = Taken()
+
+    def __enter__(self) -> None:
+        self._start = Taken(time.perf_counter(), time.thread_time())
+
+    def __exit__(self, *_: object) -> None:
+        wall_s, cpu_s = self._start
+        self.taken = self.taken.plus(Taken(time.perf_counter() - wall_s, time.thread_time() - cpu_s))
 
 
 class Stopwatch:
@@ -101,7 +129,7 @@ def watch_pipeline(stopwatch: Stopwatch) -> None:
 
 
 class Applier:
-    """A primary on a store of its own. Asked with events, it answers with the seconds they took; with None, with the
+    """A primary on a store of its own. Asked with events, it answers with the time they took; with None, with the
     stages and its peak memory."""
 
     def __init__(self, path: Path, real: loads.RealBlock | None) -> None:
@@ -129,14 +157,13 @@ class Applier:
     def answer(self, events: list[bytes] | None) -> Any:
         if events is None:
             return self._stopwatch.seconds, peak_rss_mb()
-        total_s = 0.0
+        clock = Clock()
         for event in events:
             if self._goes_back and self._replica.meta.tip.seq:
                 self._take_back()
-            start = time.perf_counter()
-            self._apply(event)
-            total_s += time.perf_counter() - start
-        return total_s
+            with clock:
+                self._apply(event)
+        return clock.taken
 
     def _apply(self, event: bytes) -> None:
         replica = self._replica
@@ -166,7 +193,7 @@ Change = tuple[bytes, bytes | None]
 
 class BareWriter:
     """One WriteBatch a block, and nothing else. Asked with (changes, what takes them back or
-    nothing) a block, it answers with the seconds of the changes."""
+    nothing) a block, it answers with the time of the changes."""
 
     def __init__(self, path: Path, base: list[Change]) -> None:
         self._db = Rdict(str(path), state_options())
@@ -175,14 +202,13 @@ class BareWriter:
     def answer(self, blocks: list[tuple[list[Change], list[Change]]] | None) -> Any:
         if blocks is None:
             return {}, peak_rss_mb()
-        total_s = 0.0
+        clock = Clock()
         for changes, back in blocks:
-            start = time.perf_counter()
-            self._write(changes)
-            total_s += time.perf_counter() - start
+            with clock:
+                self._write(changes)
             if back:
                 self._write(back)
-        return total_s
+        return clock.taken
 
     def _write(self, changes: list[Change]) -> None:
         batch = WriteBatch(raw_mode=True)
@@ -220,10 +246,10 @@ def pair(name: str, blocks: Iterator[Block], real: loads.RealBlock | None = None
         bare = stack.enter_context(Worker(BareWriter, folder / "bare", base))
         ascending = stack.enter_context(Worker(BareWriter, folder / "sorted", base))
         whole = stack.enter_context(Worker(Applier, folder, real))
-        seconds = dict.fromkeys((bare, ascending, whole), 0.0)
+        taken = dict.fromkeys((bare, ascending, whole), Taken())
         done = walk = 0
         while turn := list(islice(blocks, _TURN_BLOCKS)):
-            questions: dict[Worker, list[Any]] = {worker: [] for worker in seconds}
+            questions: dict[Worker, list[Any]] = {worker: [] for worker in taken}
             for block in turn:
                 walk = walk + 1 if real is None else 1
                 diff, writes = loads.net(block, model)
@@ -238,7 +264,7 @@ def pair(name: str, blocks: Iterator[Block], real: loads.RealBlock | None = None
                 questions[whole].append(loads.event_of(block, walk))
                 done += len(diff)
             for worker, asked in questions.items():
-                seconds[worker] += worker.ask(asked)
+                taken[worker] = taken[worker].plus(worker.ask(asked))
         _, bare_mb = bare.ask(None)
         _, ascending_mb = ascending.ask(None)
         stages, whole_mb = whole.ask(None)
@@ -247,9 +273,12 @@ def pair(name: str, blocks: Iterator[Block], real: loads.RealBlock | None = None
     def row(name: str, worker: Worker, rss_mb: float, stages: Sequence[Stage] = ()) -> Row:
         return Row(
             name=name,
-            measures={"changes_per_s": done / seconds[worker]},
+            measures={
+                "changes_per_s": done / taken[worker].wall_s,
+                "cpu_us_per_change": 1e6 * taken[worker].cpu_s / done,
+            },
             baseline="" if name == baseline else baseline,
-            ratio=None if name == baseline else seconds[bare] / seconds[worker],
+            ratio=None if name == baseline else taken[bare].wall_s / taken[worker].wall_s,
             peak_rss_mb=rss_mb,
             stages=stages,
             changes=done,
@@ -258,5 +287,5 @@ def pair(name: str, blocks: Iterator[Block], real: loads.RealBlock | None = None
     return [
         row(baseline, bare, bare_mb),
         row(f"{baseline}-sorted", ascending, ascending_mb),
-        row(name, whole, whole_mb, stages_of(stages, seconds[whole])),
+        row(name, whole, whole_mb, stages_of(stages, taken[whole].wall_s)),
     ]

@@ -199,7 +199,7 @@ def _apply_alone(blocks: int, changes: int) -> tuple[float, float]:
         for walk, block in made:
             events.append(loads.event_of(block, walk))
             if len(events) == _TURN_BLOCKS or walk == blocks:
-                total_s += worker.ask(events)
+                total_s += worker.ask(events).wall_s
                 events = []
         _, rss_mb = worker.ask(None)
     return total_s, rss_mb

@@ -97,7 +97,7 @@ def encode_share(blocks: Sequence[Block], real: loads.RealBlock | None, repeats:
         tempfile.TemporaryDirectory(prefix="stateferry-bench-") as folder,
         Worker(Applier, Path(folder), real) as worker,
     ):
-        total_s: float = worker.ask(events * repeats if real is not None else events)
+        total_s: float = worker.ask(events * repeats if real is not None else events).wall_s
         stages, _ = worker.ask(None)
     return float(stages[WIRE] / total_s)
 
