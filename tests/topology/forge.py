@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -118,8 +117,3 @@ def patched(record: bytes, at: int, data: bytes) -> bytes:
     """A frame with other bytes somewhere, and the checksum of those."""
     start = record[:at] + data + record[at + len(data) : -_CHECKSUM_BYTES]
     return start + xxhash.xxh3_128_digest(start)
-
-
-def behind(records: Sequence[bytes], seq: int) -> int:
-    """The offset of the frame behind the one with this seq."""
-    return next(at for at, record in enumerate(records) if frame.peek(record).seq == seq + 1)

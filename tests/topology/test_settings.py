@@ -48,6 +48,13 @@ def test_precedence(site: Site, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
     assert here("status", "--json").ok()["height"] == 1
 
 
+def test_a_named_file_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a name the file may be missing; a name that leads nowhere is a mistake."""
+    monkeypatch.setenv("STATEFERRY_CONFIG", "nowhere.toml")
+
+    assert "nowhere.toml" in here("status", "--json").failed(UsageError)
+
+
 def test_chain_and_broker_by_environment(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every common option has its variable."""
     monkeypatch.setenv("STATEFERRY_BROKER", f"embedded://{site.log}")
