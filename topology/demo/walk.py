@@ -176,7 +176,10 @@ class _Demo:
                 *("--reorg-every", str((plan.blocks + 1) // 2), "--reorg-depth", str(REORG_DEPTH)),
             )
         )
-        self.screen.say(f"3  {plan.blocks} synthetic blocks of {plan.changes:,} changes on top, a reorg halfway")
+        self.screen.say(
+            f"3  {plan.blocks} synthetic blocks of {plan.changes:,} changes on top, a reorg halfway; final {FINALITY} "
+            "below the tip"
+        )
         snapshot: asyncio.Task[None] | None = None
         snapshot_height = facts.mainnet_height + int(_SNAPSHOT_AT * plan.blocks)
 
