@@ -262,7 +262,7 @@ class Site:
 
     def frame_ids(self) -> list[str]:
         """Ids of all numbered frames on the diffs topic, in order."""
-        headers = (frame.peek(record) for record in self.records(self.diffs) if not chunk.is_chunk(record))
+        headers = (frame.peek(record) for record in self.records(self.diffs) if kind_of(record) is not None)
         return [header.frame_id.hex() for header in headers if header.is_numbered]
 
     # Stores
