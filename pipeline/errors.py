@@ -39,7 +39,8 @@
     ├── DiskFull                       10  no space, or no permission to use it
     ├── RewindTooDeep                  11  a rewind below the final height
     ├── NotProven                      12  a read of a state that this node has not proven
-    └── NotFound                       13  a key, snapshot, manifest, height or object that is not there
+    ├── NotFound                       13  a key, snapshot, manifest, height or object that is not there
+    └── BrokerUnavailable              14  no broker answers, or it could not do what was asked
 
 Fields first; the sentence is made in ``__str__`` and says what, where, and the way out. ``same_again`` answers the
 one question a caller has: would the same input fail again? If so stop and keep the bytes; else retry at the edge.
@@ -230,3 +231,24 @@ class NotProven(StateferryError):
 
 class NotFound(StateferryError):
     exit_code = 13
+
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
+"""What an operating system says when it has no space for a file, or no permission to write it."""
+
+
+def disk_full(error: OSError) -> DiskFull | None:
+    """What an error of the operating system means where files are written; None: something else."""
+    if error.errno not in NO_ROOM:
+        return None
+    where = error.filename2 or error.filename or ""
+    return DiskFull(
+        f"a file cannot be written: {error.strerror}",
+        where=str(where),
+        way_out="free space, or give this user permission, and start again",
+    )
+
+
+class BrokerUnavailable(StateferryError):
+    exit_code = 14
+    same_again = False

@@ -1,8 +1,10 @@
-"""For all tests: properties are judged by what they find, not by how long a busy machine takes."""
+"""For all tests: the brokers there are; properties are judged by what they find, not by how long a busy machine takes."""
 
 from __future__ import annotations
 
 from hypothesis import settings
+
+from tests.kafka.fixtures import broker_server, kafka_server, on_kafka, own_kafka, place  # noqa: F401
 
 settings.register_profile("stateferry", deadline=None)
 settings.load_profile("stateferry")

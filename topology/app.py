@@ -13,8 +13,11 @@ import faust
 from faust.tables import TableManager
 from mode.supervisors import CrashingSupervisor
 
-from topology import applier, replicator
+from topology import applier, logs, replicator
 from topology.node import Node, Role
+from topology.transports.factory import faust_urls
+
+log = logs.get()
 
 STREAM_BUFFER_RECORDS = 32
 """Records waiting per agent: 28 MiB of full ones."""
@@ -23,6 +26,8 @@ POLL_RECORDS_MAX = 6
 frames from being read back, and both wait for ever."""
 ACKNOWLEDGEMENTS_MAX = 256
 """Sends not yet acknowledged; the applier waits above it."""
+STOP_TIMEOUT_S = 20.0
+"""Of leaving the group in order. A broker that is gone is not waited for: the stores need nothing of it."""
 
 
 class NoTables(TableManager):  # type: ignore[misc]
@@ -41,10 +46,11 @@ class Application:
         generation = node.generation
         self._acknowledgements: asyncio.Queue[Awaitable[Any]] = asyncio.Queue(ACKNOWLEDGEMENTS_MAX)
         # One consumer group per node: each reads all of the partition.
-        group = f"stateferry-{generation.chain_id}-{node.role.value}-{node.data_dir.node_id}"
+        prefix = self._prefix = node.settings.topic_prefix
+        group = f"{prefix}stateferry-{generation.chain_id}-{node.role.value}-{node.data_dir.node_id}"
         self.app = faust.App(
             group,
-            broker=node.settings.broker_url,
+            broker=faust_urls(node.settings.broker_url),
             datadir=node.data_dir.path / "faust",
             agent_supervisor=CrashingSupervisor,  # the default goes on behind a failed record
             stream_wait_empty=False,  # else SIGTERM waits for records that nobody acks
@@ -53,8 +59,10 @@ class Application:
             consumer_group_instance_id=node.data_dir.node_id,  # a killed worker has its partitions back at once
             broker_session_timeout=10.0,
             broker_heartbeat_interval=1.0,
-            producer_request_timeout=60.0,
+            broker_max_poll_interval=86_400.0,  # a paused partition is not a dead worker
+            producer_request_timeout=60.0,  # the default would hold a primary for 20 minutes
             topic_disable_leader=True,
+            topic_allow_declare=False,  # whoever opens a generation makes its topics, with a retention that keeps all
             topic_partitions=1,
             web_enabled=False,
             web_tables_enabled=False,
@@ -70,7 +78,7 @@ class Application:
             self.app.agent(self._topic(generation.blocks_topic), name="applier", isolated_partitions=True)(agent)
 
     def _topic(self, name: str) -> Any:
-        return self.app.topic(name, value_type=bytes, value_serializer="raw", key_serializer="raw")
+        return self.app.topic(self._prefix + name, value_type=bytes, value_serializer="raw", key_serializer="raw")
 
     async def produce(self, record: bytes) -> Awaitable[Any]:
         sent: Awaitable[Any] = await self._diffs.send(value=record, partition=0)
@@ -84,7 +92,8 @@ class Application:
             self.node.fail(error)
             raise
         asyncio.get_running_loop().call_soon(self._claim)
-        return {tp: offsets[tp.topic] for tp in assignment if tp.topic in offsets and tp.partition == 0}
+        stored = {(self._prefix + topic, 0): offset for topic, offset in offsets.items()}
+        return {tp: stored[tp] for tp in assignment if tp in stored}
 
     def _claim(self) -> None:
         task = asyncio.ensure_future(self.node.claim_if_caught_up())
@@ -110,4 +119,8 @@ class Application:
             for task in (checking, crashed, stopping):
                 task.cancel()
             await asyncio.gather(checking, crashed, stopping, return_exceptions=True)
-            await self.app.stop()
+            try:
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await self.app.stop()
+            except TimeoutError:
+                log.warning("stop_cut_short", seconds=STOP_TIMEOUT_S)

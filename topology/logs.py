@@ -29,6 +29,7 @@ EVENTS: Final[dict[str, str]] = {
     "node_quarantined": "error, evidence",
     "worker_failed": "error, message",
     "worker_stopped": "why",
+    "stop_cut_short": "seconds",
 }
 
 

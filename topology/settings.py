@@ -27,6 +27,8 @@ class Settings(BaseSettings):
 
     broker: str = ""
     """URL of the broker; empty: the embedded log in the data directory."""
+    topic_prefix: str = ""
+    """What the names of all topics begin with: several chains may share a broker."""
     data_dir: Path = Path("stateferry-data")
     objects: str = ""
     """URL of the object store; empty: the folder `objects` in the data directory."""

@@ -62,7 +62,7 @@ async def run(
     with data_dir:
         data_dir.check_quarantine()
         shutil.rmtree(data_dir.copies_path, ignore_errors=True)
-        broker = open_broker(settings.broker_url)
+        broker = open_broker(settings.broker_url, settings.topic_prefix)
         try:
             opened = await _find_opening(settings, role, until, broker, stopping)
             if opened is None:

@@ -96,7 +96,10 @@ def test_bad_file(text: str, says: str, elsewhere: Path) -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        "kafka://localhost:9092",
+        "kafka://",
+        "kafka://localhost:99999",
+        "kafka://localhost/topic",
+        "redis://localhost:9092",
         "embedded://relative/log.sqlite",
         "embedded:///",
         "log.sqlite",
@@ -107,7 +110,7 @@ def test_broker_url(url: str) -> None:
     """A broker URL that names no broker here says how to write one."""
     for words in (("run", "--role", "replica", "--until-idle"), ("generation", "show")):
         said = here(*words, "--broker", url, "--data-dir", "node", "--json").failed(BrokerUrlError)
-        assert "embedded:///" in said
+        assert "kafka://host:port" in said
 
 
 def test_password_in_a_broker_url_is_not_shown() -> None:

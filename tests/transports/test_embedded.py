@@ -287,11 +287,11 @@ class TestStoredOffsets:
         assert consumer.sought == offsets
 
     async def test_without_stores(self) -> None:
-        """Without the attribute, the group's offsets count."""
-        consumer = self.Consumer(self.App(), {TP("a", 0): 9})
+        """Without the attribute, the group's offsets count, and the first one where there is none."""
+        consumer = self.Consumer(self.App(), {TP("a", 0): 9, TP("b", 0): None})
 
-        assert await consumer.seek_to_committed() == {TP("a", 0): 9}
-        assert not consumer.sought
+        assert await consumer.seek_to_committed() == {TP("a", 0): 9, TP("b", 0): 3}
+        assert consumer.sought == {TP("a", 0): 9, TP("b", 0): 3}
 
     async def test_fetch_loop_does_not_seek(self) -> None:
         """The seek of a fetch loop that was stopped is left out, one from elsewhere is made."""

@@ -28,6 +28,7 @@ console = Console(stderr=True)
 
 _OPTIONS = (
     click.option("--broker", metavar="URL", help="Where the topics are. [default: embedded:///DATA-DIR/log.sqlite]"),
+    click.option("--topic-prefix", metavar="P", help="What the topics' names begin with. [default: nothing]"),
     click.option(
         "--data-dir", type=click.Path(path_type=Path), help="The node's directory. [default: stateferry-data]"
     ),
@@ -46,7 +47,7 @@ def common_options(command: Command) -> Command:
     @functools.wraps(command)
     def wrapped(*args: Any, verbose: bool, **kwargs: Any) -> Any:
         logs.configure(verbose=verbose)
-        given = {name: kwargs.pop(name, None) for name in ("broker", "data_dir", "objects", "chain")}
+        given = {name: kwargs.pop(name, None) for name in ("broker", "topic_prefix", "data_dir", "objects", "chain")}
         extra = {name: kwargs.pop(name) for name in ("finality", "serve") if name in kwargs}
         return command(*args, settings=settings.load(**given, **extra), **kwargs)
 

@@ -115,7 +115,7 @@ def _document(found: Generation) -> dict[str, Any]:
 
 def _run(settings: Settings, work: Any, *, as_json: bool) -> None:
     async def main() -> dict[str, Any]:
-        broker = open_broker(settings.broker_url)
+        broker = open_broker(settings.broker_url, settings.topic_prefix)
         try:
             result: dict[str, Any] = await work(broker)
             return result

@@ -117,7 +117,7 @@ def _synthetic(
 def _run(settings: Settings, publish: Callable[[Broker], Any], *, as_json: bool) -> None:
     async def main() -> dict[str, Any]:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
-        broker = open_broker(settings.broker_url)
+        broker = open_broker(settings.broker_url, settings.topic_prefix)
         try:
             result: dict[str, Any] = await publish(broker)
             return result

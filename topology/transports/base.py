@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 RECORD_BYTES_MAX: Final = 1024 * 1024
 """Most bytes of one record, key and value together. Larger things are chunked by whoever writes them."""
 
-_URL_HINT: Final = "write embedded:///absolute/path/log.sqlite"
+_URL_HINT: Final = "write embedded:///absolute/path/log.sqlite, or kafka://host:port"
 
 
 class Record(NamedTuple):
@@ -66,7 +66,8 @@ class Broker(Protocol):
       were deleted. ``first <= offset < end`` are the ones that can be read.
     * A record whose ``append`` returned survives the death of this process, and a power cut as far as the
       broker's own durability setting reaches.
-    * Records of one ``append`` stand in the partition in the order given, all of them or none.
+    * Records of one ``append`` stand in the partition in the order given. If it raises, either none of them is there
+      or the first ones of them are: never a later one without those before it.
     * Calls may be made concurrently from tasks of one event loop. Nothing blocks that loop.
     """
 
@@ -94,7 +95,8 @@ class Broker(Protocol):
         """Append ``(key, value)`` pairs in order and return their offsets once they are durable.
 
         Raises ``NotFound`` for an unknown topic or partition and ``UsageError`` for a record larger than
-        ``RECORD_BYTES_MAX``. After ``Locked`` or ``DiskFull`` nothing of it was written.
+        ``RECORD_BYTES_MAX``. After ``Locked`` or ``DiskFull`` nothing of it was written; after
+        ``BrokerUnavailable`` only the log says what was.
         """
 
     async def delete_records(self, topic: str, partition: int, before_offset: int) -> None:
@@ -117,7 +119,7 @@ def log_path(url: str) -> Path:
     shown = f"{parts.scheme}://...@{url.rpartition('@')[2]}" if "@" in url else url
     if parts.scheme != "embedded":
         raise BrokerUrlError(
-            "this version speaks only embedded://",
+            "a broker URL begins with embedded:// or kafka://",
             where=shown,
             way_out=_URL_HINT,
         )
@@ -137,7 +139,7 @@ class StoredOffsets:
     * A TP in the answer is read from that offset, whatever the group committed.
     * A TP not in the answer is read from the group's committed offset, or from the first one if there is
       none.
-    * Without the attribute, or with None, the group's committed offsets count for all.
+    * Without the attribute, or with None, no TP is in the answer.
     * Calls never overlap, and none is made while partitions are being taken away.
     """
 
@@ -152,13 +154,11 @@ class StoredOffsets:
     async def seek_to_committed(self) -> Mapping[TP, int]:
         """Seek every assigned TP to its stored offset and return the offsets sought."""
         stored_offsets = getattr(self.app, "stored_offsets", None)
-        if stored_offsets is None:
-            return await self._committed()
         if self._seek_lock is None:
             self._seek_lock = asyncio.Lock()
         async with self._seek_lock:
             assignment = set(self.assignment())
-            stored = await stored_offsets(set(assignment))
+            stored = {} if stored_offsets is None else await stored_offsets(set(assignment))
             offsets = {tp: stored[tp] for tp in assignment if tp in stored}
             rest = assignment - offsets.keys()
             if rest:

@@ -1,0 +1,1 @@
+"""Apache Kafka for tests: real brokers, as plain JVM processes."""

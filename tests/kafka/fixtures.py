@@ -1,0 +1,145 @@
+"""Brokers for tests: the embedded log, and Apache Kafka in every version that is asked for.
+
+`KAFKA_VERSIONS` names versions (default: the newest; with CI=true all of them), `KAFKA_BOOTSTRAP` a broker that runs
+already. A broker is started once for all processes of a test run, and ended by the last of them. Without Java or Maven
+its tests are skipped, except with CI=true, where they fail.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.kafka.server import VERSION_DEFAULT, VERSIONS, Server, missing_tools
+
+IN_CI = os.environ.get("CI") == "true"
+EMBEDDED = "embedded"
+
+
+def kafka_versions() -> list[str]:
+    if os.environ.get("KAFKA_BOOTSTRAP"):
+        return ["bootstrap"]
+    asked = os.environ.get("KAFKA_VERSIONS", "")
+    return asked.split(",") if asked else list(VERSIONS if IN_CI else [VERSION_DEFAULT])
+
+
+def kafka_names() -> list[str]:
+    return [f"kafka-{version}" for version in kafka_versions()]
+
+
+def need_tools() -> None:
+    """Skip, or fail where nothing may be skipped, if no broker can be started here."""
+    lacking = missing_tools()
+    if lacking and not os.environ.get("KAFKA_BOOTSTRAP"):
+        why = f"Kafka needs {' and '.join(lacking)}"
+        pytest.fail(why) if IN_CI else pytest.skip(why)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A part of a broker that no other test uses."""
+
+    url: str
+    prefix: str = ""
+
+    @property
+    def is_kafka(self) -> bool:
+        return self.url.startswith("kafka://")
+
+    @property
+    def options(self) -> list[str]:
+        return ["--broker", self.url, *(["--topic-prefix", self.prefix] if self.prefix else [])]
+
+
+@contextmanager
+def shared_server(folder: Path, version: str) -> Iterator[str]:
+    """The bootstrap address of a broker that all processes of a test run share.
+
+    Every user holds a shared lock; the last one, which gets it alone, ends the broker.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = folder / "server.json"
+    with (folder / "USERS").open("w") as users, (folder / "STARTING").open("w") as starting:
+        fcntl.flock(starting, fcntl.LOCK_EX)
+        fcntl.flock(users, fcntl.LOCK_SH)
+        if not state.exists():
+            server = Server(folder / "broker", version)
+            server.start()
+            assert server.process is not None
+            state.write_text(json.dumps({"bootstrap": server.bootstrap, "pid": server.process.pid}))
+        found = json.loads(state.read_text())
+        fcntl.flock(starting, fcntl.LOCK_UN)
+        try:
+            yield found["bootstrap"]
+        finally:
+            fcntl.flock(users, fcntl.LOCK_UN)
+            with suppress(BlockingIOError):
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                state.unlink(missing_ok=True)
+                os.kill(found["pid"], signal.SIGKILL)  # its data goes with the folder
+
+
+def server_folder(factory: pytest.TempPathFactory, version: str) -> Path:
+    base = factory.getbasetemp()
+    return (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / f"kafka-{version}"
+
+
+@pytest.fixture(scope="session", params=[EMBEDDED, *kafka_names()])
+def broker_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a broker that takes any number of prefixes; empty for the embedded log, which is a file of each test."""
+    yield from _served(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="session", params=kafka_names())
+def kafka_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a Kafka broker."""
+    yield from _served(request.param, tmp_path_factory)
+
+
+def _served(name: str, factory: pytest.TempPathFactory) -> Iterator[str]:
+    version = name.removeprefix("kafka-")
+    if name == EMBEDDED:
+        yield ""
+    elif os.environ.get("KAFKA_BOOTSTRAP"):
+        yield f"kafka://{os.environ['KAFKA_BOOTSTRAP']}"
+    else:
+        need_tools()
+        with shared_server(server_folder(factory, version), version) as bootstrap:
+            yield f"kafka://{bootstrap}"
+
+
+@pytest.fixture
+def place(broker_server: str, tmp_path: Path) -> Place:
+    """Where this test's topics are: on the embedded log, then on every Kafka."""
+    return kafka_place(broker_server) if broker_server else Place(url=f"embedded://{tmp_path}/log.sqlite")
+
+
+@pytest.fixture
+def on_kafka(kafka_server: str) -> Place:
+    """Where this test's topics are on Kafka."""
+    return kafka_place(kafka_server)
+
+
+def kafka_place(url: str) -> Place:
+    return Place(url=url, prefix=f"t{secrets.token_hex(4)}.")
+
+
+@pytest.fixture(params=kafka_versions())
+def own_kafka(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
+    """A broker of this test alone, which it may kill and start again."""
+    if os.environ.get("KAFKA_BOOTSTRAP"):
+        pytest.skip("a broker that runs already is not killed")
+    need_tools()
+    server = Server(tmp_path / "kafka", request.param)
+    server.start()
+    yield server
+    server.kill()

@@ -1,0 +1,207 @@
+"""One Apache Kafka broker of a given version, in a process of its own on loopback.
+
+The jars come from Maven once, into a cache outside of the work tree; a broker's ports, data and log belong to the
+folder that it was given. `python -m tests.kafka.server` runs one in the foreground, to play with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Final
+
+VERSIONS: Final = ("3.9.1", "4.3.1")
+VERSION_DEFAULT: Final = "4.3.1"
+START_TIMEOUT_S: Final = 90.0
+HEAP: Final = "-Xmx512m"
+CACHE: Final = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stateferry-tests"
+
+_LOGGING: Final = {
+    "3": (("ch.qos.reload4j", "reload4j", "1.2.25"), ("org.slf4j", "slf4j-reload4j", "1.7.36")),
+    "4": (
+        ("org.apache.logging.log4j", "log4j-core", "2.25.1"),
+        ("org.apache.logging.log4j", "log4j-slf4j-impl", "2.25.1"),
+    ),
+}
+"""The broker's own POM brings no backend."""
+
+
+def missing_tools() -> list[str]:
+    """What has to be installed before a broker can run here."""
+    return [tool for tool in ("java", "mvn") if shutil.which(tool) is None]
+
+
+def jars(version: str) -> Path:
+    """The folder of a version's jars, filled if need be: 45 MB, seconds."""
+    folder = CACHE / f"kafka-{version}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "LOCK").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = folder / "DONE"
+        if not done.exists():
+            (folder / "pom.xml").write_text(_pom(version))
+            subprocess.run(
+                ["mvn", "-q", "-B", "dependency:copy-dependencies", "-DincludeScope=runtime", "-DoutputDirectory=libs"],
+                cwd=folder,
+                check=True,
+                stdout=sys.stderr,
+            )
+            done.touch()
+    return folder / "libs"
+
+
+def _pom(version: str) -> str:
+    wanted = (("org.apache.kafka", "kafka_2.13", version), *_LOGGING[version.partition(".")[0]])
+    dependencies = "".join(
+        f"<dependency><groupId>{group}</groupId><artifactId>{artifact}</artifactId><version>{number}</version>"
+        "</dependency>"
+        for group, artifact, number in wanted
+    )
+    return (
+        '<project xmlns="http://maven.apache.org/POM/4.0.0"><modelVersion>4.0.0</modelVersion>'
+        "<groupId>stateferry.tests</groupId><artifactId>kafka</artifactId><version>1</version>"
+        f"<packaging>pom</packaging><dependencies>{dependencies}</dependencies></project>\n"
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+class Server:
+    """A broker and controller in one process. `start` formats the data once; `kill` and `start` is a crash."""
+
+    def __init__(self, folder: Path, version: str = VERSION_DEFAULT, *, port: int | None = None) -> None:
+        self.folder = folder
+        self.version = version
+        self.port = port or free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        self._controller_port = free_port()
+
+    @property
+    def bootstrap(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"kafka://{self.bootstrap}"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "server.log"
+
+    def start(self) -> None:
+        """Start, and wait until it takes connections. Raises RuntimeError with the end of its log."""
+        properties = self.folder / "server.properties"
+        if not properties.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            properties.write_text(self._properties())
+            cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+            self._java("kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(properties)).wait()
+        self.process = self._java("kafka.Kafka", str(properties))
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while not self._takes_connections():
+            if self.process.poll() is not None or time.monotonic() > deadline_s:
+                self.kill()
+                raise RuntimeError(f"Kafka {self.version} did not start:\n{self.log.read_text()[-4000:]}")
+            time.sleep(0.05)
+
+    def _properties(self) -> str:
+        controller = f"127.0.0.1:{self._controller_port}"
+        settings = {
+            "process.roles": "broker,controller",
+            "node.id": 1,
+            "controller.quorum.voters": f"1@{controller}",
+            "listeners": f"PLAINTEXT://{self.bootstrap},CONTROLLER://{controller}",
+            "advertised.listeners": f"PLAINTEXT://{self.bootstrap}",
+            "controller.listener.names": "CONTROLLER",
+            "inter.broker.listener.name": "PLAINTEXT",
+            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "log.dirs": self.folder / "data",
+            "offsets.topic.replication.factor": 1,
+            "offsets.topic.num.partitions": 1,
+            "transaction.state.log.replication.factor": 1,
+            "transaction.state.log.min.isr": 1,
+            "share.coordinator.state.topic.replication.factor": 1,
+            "share.coordinator.state.topic.min.isr": 1,
+            "group.initial.rebalance.delay.ms": 0,
+            "auto.create.topics.enable": "true",  # as most clusters have it: nothing of ours may depend on it
+            "log.cleaner.dedupe.buffer.size": 8 << 20,
+        }
+        return "".join(f"{name}={value}\n" for name, value in settings.items())
+
+    def _java(self, *arguments: str) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                ["java", HEAP, "-cp", f"{jars(self.version)}/*", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=self.folder,
+            )
+
+    def _takes_connections(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+        except OSError:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End it in order."""
+        self._end(signal.SIGTERM)
+
+    def _end(self, number: signal.Signals) -> None:
+        process, self.process = self.process, None
+        if process is not None and process.poll() is None:
+            process.send_signal(number)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run one Kafka broker on loopback until Ctrl-C.")
+    parser.add_argument("--version", choices=VERSIONS, default=VERSION_DEFAULT)
+    parser.add_argument("--port", type=int, default=9092)
+    arguments = parser.parse_args()
+    lacking = missing_tools()
+    if lacking:
+        sys.exit(f"Kafka needs {' and '.join(lacking)}: on Debian, apt-get install default-jre-headless maven")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with tempfile.TemporaryDirectory(prefix="stateferry-kafka-") as folder:
+        server = Server(Path(folder), arguments.version, port=arguments.port)
+        try:
+            server.start()
+            print(f"Kafka {server.version} listens on {server.url}; its data goes when it ends. In another shell:\n")
+            print(f"  make demo BROKER={server.url}\n", flush=True)
+            assert server.process is not None
+            server.process.wait()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            server.stop()
+
+
+if __name__ == "__main__":
+    main()
