@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import NamedTuple, TypeVar
 
 from pipeline.block import Block, BlockRef, Op, Ops
@@ -16,6 +17,11 @@ from pipeline.delta import References, TableDiff, resolve
 from pipeline.diff import Diff
 from pipeline.errors import ApplyConflict, BlockInvalid
 from pipeline.state import Reader, Schema, schema_named
+
+_IS_CREATE = bytes(code == Op.CREATE for code in range(256))
+_IS_DELETE = bytes(code == Op.DELETE for code in range(256))
+_CREATED_TWICE = "is created, but exists already"
+_DELETED_TWICE = "is deleted, but does not exist (spent before, or never there)"
 
 _T = TypeVar("_T")
 
@@ -220,17 +226,34 @@ def _shared_writes(diff: TableDiff, place: _Places) -> Writes:
 
 def _run(schema: Schema, ops: Ops, after: dict[bytes, bytes | None], ref: BlockRef) -> list[bytes | None]:
     """The ops in their order over ``after``, which holds every key's value before; each key's value in the end."""
+    if len(after) == len(ops.keys) and not ops.codes.count(Op.PUT):
+        return _run_once_each(schema, ops, after, ref)
     values = iter(ops.values)
     create, delete = Op.CREATE.value, Op.DELETE.value
     for code, key in zip(ops.codes, ops.keys, strict=True):
         if code == delete:
             if after[key] is None:
-                raise _invalid(schema, key, ref, "is deleted, but does not exist (spent before, or never there)")
+                raise _invalid(schema, key, ref, _DELETED_TWICE)
             after[key] = None
         else:
             if code == create and after[key] is not None:
-                raise _invalid(schema, key, ref, "is created, but exists already")
+                raise _invalid(schema, key, ref, _CREATED_TWICE)
             after[key] = next(values)
+    return list(after.values())
+
+
+def _run_once_each(schema: Schema, ops: Ops, after: dict[bytes, bytes | None], ref: BlockRef) -> list[bytes | None]:
+    """`_run` where no key comes twice and none is put: order does not matter, so columns are run instead of ops."""
+    created = list(compress(ops.keys, ops.codes.translate(_IS_CREATE)))
+    deleted = list(compress(ops.keys, ops.codes.translate(_IS_DELETE)))
+    for key, value in zip(created, map(after.__getitem__, created), strict=True):
+        if value is not None:
+            raise _invalid(schema, key, ref, _CREATED_TWICE)
+    for key, value in zip(deleted, map(after.__getitem__, deleted), strict=True):
+        if value is None:
+            raise _invalid(schema, key, ref, _DELETED_TWICE)
+    after.update(zip(created, ops.values, strict=True))
+    after.update(dict.fromkeys(deleted))
     return list(after.values())
 
 

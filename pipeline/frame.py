@@ -155,7 +155,9 @@ def frame_id(header: Header, content_digests: Mapping[int, bytes]) -> bytes:
 
 def encode(header: Header, body: bytes) -> bytes:
     """A whole frame. The body is compressed with ``header.codec``, or left as it is where that would not help."""
-    packed = codec.compress(body, header.codec)
+    is_own = Feature.SELF_CONTAINED in header.required  # written by every node, sent by none
+    level = codec.ZSTD_LEVEL_FAST if is_own else codec.ZSTD_LEVEL
+    packed = codec.compress(body, header.codec, zstd_level=level)
     if len(packed) >= len(body) and header.codec is not Codec.NONE:
         header, packed = replace(header, codec=Codec.NONE), body
     _check(header, len(body))
