@@ -48,6 +48,7 @@ one question a caller has: would the same input fail again? If so stop and keep 
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
 
 
