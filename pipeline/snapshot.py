@@ -229,14 +229,15 @@ class _PartWriter:
 
     def through(self, entries: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
         put, left = self.file.put, self._left
-        for entry in entries:
-            key, value = entry
-            put(key, value)
-            self.last_key = key
-            yield entry
-            left -= len(key) + len(value)
-            if left <= 0:
-                return
+        with named_errors(self.file.path):
+            for entry in entries:
+                key, value = entry
+                put(key, value)
+                self.last_key = key
+                yield entry
+                left -= len(key) + len(value)
+                if left <= 0:
+                    return
 
 
 def digest_file(path: Path) -> bytes:

@@ -94,7 +94,10 @@ def serve(work: Callable[[Report], Any]) -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     arm_failpoint(os.environ.get(_FAILPOINT_VARIABLE, ""))
     try:
-        _print({"result": work(lambda what, done, total: _print({"progress": [what, done, total]}))})
+        try:
+            _print({"result": work(lambda what, done, total: _print({"progress": [what, done, total]}))})
+        except OSError as error:
+            raise errors.disk_full(error) or error from error
     except StateferryError as error:
         fields = {"name": error.name, "what": error.what, "where": error.where, "way_out": error.way_out}
         _print({"error": fields})

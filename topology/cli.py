@@ -15,7 +15,7 @@ import sys
 
 import click
 
-from pipeline.errors import StateferryError, UsageError
+from pipeline.errors import StateferryError, UsageError, disk_full
 
 _COMMANDS = {
     "ingest": "topology.commands.ingest:ingest",
@@ -72,6 +72,12 @@ def main() -> None:
     except StateferryError as error:
         _show(error)
         code = error.exit_code
+    except OSError as error:
+        full = disk_full(error)
+        if full is None:
+            raise
+        _show(full)
+        code = full.exit_code
     except click.ClickException as error:
         error.show()
         code = UsageError.exit_code

@@ -35,6 +35,7 @@ from pipeline.errors import (
     StateferryError,
     WalkGap,
     WrongChain,
+    disk_full,
 )
 from pipeline.frame import NO_HASH, digest_of
 from pipeline.generation import Generation, Opening
@@ -191,17 +192,28 @@ class Node:
                 if self.failure is None:
                     self._commit()
                 self.store.flush()
-            finally:
+            except Exception as error:
+                self.failure = self.failure or self._named(error)
+            try:
                 self.store.close()
+            except Exception as error:
+                # What ended the node comes first: a store whose disk is full can be neither flushed nor closed.
+                self.failure = self.failure or self._named(error)
             log.info("node_closed", height=self.replica.meta.tip.height, seq=self.replica.meta.seq)
 
     def fail(self, error: BaseException) -> None:
         """End the worker with an error: the first one counts."""
         if not self.stopping.is_set():
-            self.failure = error if isinstance(error, StateferryError) else StateferryError(f"{error!r}")
-            if not isinstance(error, StateferryError):
-                log.error("worker_failed", error=type(error).__name__, exc_info=error)
+            self.failure = self._named(error)
             self.stopping.set()
+
+    def _named(self, error: BaseException) -> StateferryError:
+        if isinstance(error, StateferryError):
+            return error
+        if isinstance(error, OSError) and (full := disk_full(error)) is not None:
+            return full
+        log.error("worker_failed", error=type(error).__name__, exc_info=error)
+        return StateferryError(f"{error!r}")
 
     def stop(self) -> None:
         self.stopping.set()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.errors import DiskFull
+from pipeline.errors import NO_ROOM, DiskFull
 from pipeline.objects.base import (
     ObjectInfo,
     already_there,
@@ -30,7 +30,6 @@ from pipeline.objects.base import (
 )
 
 _TEMPORARY_PREFIX = ".new-"
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 _NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -159,7 +158,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             raise DiskFull(
                 f"the object store cannot be used: {error.strerror}",
                 where=str(path),

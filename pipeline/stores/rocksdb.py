@@ -13,6 +13,7 @@ compression (values are hashes), dynamic levels.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ from rocksdict import (
     WriteBatch,
 )
 
-from pipeline.errors import DiskFull, Locked, NotEmpty, StateferryError, StoreCorrupt, Unsupported
+from pipeline.errors import NO_ROOM, DiskFull, Locked, NotEmpty, StateferryError, StoreCorrupt, Unsupported
 from pipeline.stores.base import FORMAT_KEY, FORMAT_VERSION, Batch
 
 BLOCK_CACHE_BYTES = 64 << 20
@@ -44,6 +45,7 @@ _UNBORN = re.compile(
 )
 """What RocksDB may have written before its first CURRENT."""
 _FAMILIES = ("state", "undo", "meta")
+_NO_ROOM = tuple(map(os.strerror, NO_ROOM))
 
 
 def state_options(memtable_bytes: int = _STATE_MEMTABLE_BYTES, cache: Cache | None = None) -> Options:
@@ -85,7 +87,7 @@ def named_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         text = str(error)
-        if "No space left" in text or "Read-only file system" in text or "Permission denied" in text:
+        if any(words in text for words in _NO_ROOM):
             raise DiskFull(
                 f"the store cannot write: {text}", where=str(path), way_out="free some space, then start again"
             ) from error
@@ -208,14 +210,15 @@ class RocksStore:
             self._db.flush_wal(True)
 
     def close(self) -> None:
-        """Idempotent. Nothing may be read or written afterwards."""
+        """Idempotent. Nothing may be read or written afterwards. Raises DiskFull if the disk was full before."""
         if not self._closed:
             self._closed = True
             self._handles = {}  # a handle left keeps the directory locked
-            for handle in (self._state, self._undo, self._meta) if hasattr(self, "_meta") else ():
-                handle.close()
-            if hasattr(self, "_db"):
-                self._db.close()
+            with named_errors(self.path):
+                for handle in (self._state, self._undo, self._meta) if hasattr(self, "_meta") else ():
+                    handle.close()
+                if hasattr(self, "_db"):
+                    self._db.close()
 
 
 def _clear_unborn(path: Path) -> None:
