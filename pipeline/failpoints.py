@@ -48,6 +48,14 @@ def arm(name: str, at_hit: int, action: Callable[[str], None]) -> None:
     _armed[name] = (at_hit, action)
 
 
+def disarm() -> dict[str, int]:
+    """Arm nothing any more, and count from 0 again. How often each name was passed while something was armed."""
+    counted = dict(_hits)
+    _armed.clear()
+    _hits.clear()
+    return counted
+
+
 def hit(name: str) -> None:
     assert name in NAMES, name
     if not _armed:

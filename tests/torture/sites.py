@@ -15,7 +15,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -272,23 +272,28 @@ def _timeless_header(header: Header) -> Header:
     )
 
 
+def timeless_journal(items: Iterable[tuple[bytes, bytes]]) -> dict[bytes, Any]:
+    """The entries of the family `undo`, decoded."""
+    entries: dict[bytes, Any] = {}
+    for key, value in items:
+        if key.startswith(b"j"):
+            entry = journal.decode_entry(value)
+            decoded = frame.decode(entry.frame_bytes)
+            entries[key] = (timeless(entry.before), _timeless_header(decoded.header), decoded.body)
+        else:
+            entries[key] = value
+    return entries
+
+
 def _look_at_store(path: Path) -> dict[str, Any]:
     store = RocksStore(path, read_only=True)
     try:
         data = store.get_meta(META_KEY)
         assert data is not None, path
-        entries = {}
-        for key, value in store._undo.items():
-            if key.startswith(b"j"):
-                entry = journal.decode_entry(value)
-                decoded = frame.decode(entry.frame_bytes)
-                entries[key] = (timeless(entry.before), _timeless_header(decoded.header), decoded.body)
-            else:
-                entries[key] = value
         return {
             "state": dict(store.scan()),
             "position": timeless(decode_meta(data)),
-            "journal": entries,
+            "journal": timeless_journal(store._undo.items()),
             "is proven": decode_proof(store.get_meta(PROOF_KEY)).proven,
         }
     finally:
