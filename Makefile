@@ -33,7 +33,7 @@ bench: $(DEV) ## measure this machine: the figures of the README (minutes; QUICK
 	@for name in wire apply reads pipeline restore; do $(BIN)/stateferry bench $$name $(QUICK) || exit; done
 
 torture: $(DEV) ## kill real processes at POINTS=240 seeded fail points, SEED=1
-	$(BIN)/pytest tests/torture -m torture --points $(POINTS) --seed $(SEED)
+	$(BIN)/pytest tests/torture -m torture -n $(JOBS) --maxprocesses 8 --points $(POINTS) --seed $(SEED)
 
 golden: $(DEV) ## read the golden files of every format version (VERSION=v2 writes those of a new one first)
 	$(if $(VERSION),cd tests && $(abspath $(BIN))/python golden/make.py $(VERSION))
