@@ -1,4 +1,4 @@
-"""For all tests: the brokers there are; properties are judged by what they find, not by how long a busy machine takes."""
+"""For all tests: the brokers; and properties judged by what they find, not by how long a busy machine takes."""
 
 from __future__ import annotations
 

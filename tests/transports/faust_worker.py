@@ -1,4 +1,4 @@
-"""A worker over the embedded log, as a process of its own: two chained agents, facts printed one per line.
+"""A worker over any broker, as a process of its own: two chained agents, facts printed one per line.
 
 ``a`` is copied to ``b`` by the first agent, partition by partition; the second prints what arrives. Options come as
 one JSON object, so that a test reads like its settings.
@@ -18,6 +18,7 @@ from faust.types import TP
 from mode.supervisors import CrashingSupervisor
 
 OPTIONS: dict[str, Any] = json.loads(sys.argv[1])
+PREFIX: str = OPTIONS.get("prefix", "")
 SETTINGS: dict[str, Any] = {
     "broker_session_timeout": 2.0,
     "broker_heartbeat_interval": 0.3,
@@ -28,6 +29,11 @@ SETTINGS: dict[str, Any] = {
 } | OPTIONS.get("settings", {})
 
 
+def named(tp: Any) -> tuple[str, int]:
+    """A topic without its prefix, and the partition."""
+    return tp.topic.removeprefix(PREFIX), tp.partition
+
+
 def say(**facts: Any) -> None:
     """Print one fact where the test reads it, on a line of its own: Faust prints too."""
     print("\n" + json.dumps(facts), flush=True)
@@ -35,7 +41,7 @@ def say(**facts: Any) -> None:
 
 app = faust.App(
     OPTIONS.get("id", "worker"),
-    broker=OPTIONS["broker"],
+    broker=OPTIONS["broker"].split(";"),
     agent_supervisor=CrashingSupervisor,
     stream_wait_empty=False,
     topic_disable_leader=True,
@@ -46,17 +52,18 @@ app = faust.App(
     key_serializer="raw",
     **SETTINGS,
 )
-first = app.topic("a", value_type=bytes, value_serializer="raw")
-second = app.topic("b", value_type=bytes, value_serializer="raw")
+first = app.topic(PREFIX + "a", value_type=bytes, value_serializer="raw")
+second = app.topic(PREFIX + "b", value_type=bytes, value_serializer="raw")
 
 if "stored_offsets" in OPTIONS:
 
     async def stored_offsets(assignment: set[Any]) -> dict[Any, int]:
         """Answer with what the test wants the stores to hold."""
-        say(asked=sorted(assignment))
+        say(asked=sorted(map(named, assignment)))
         if OPTIONS.get("hook_fails"):
             raise RuntimeError("the store cannot be opened")
-        return {tp: OPTIONS["stored_offsets"][tp.topic] for tp in assignment if tp.topic in OPTIONS["stored_offsets"]}
+        stored = OPTIONS["stored_offsets"]
+        return {tp: stored[named(tp)[0]] for tp in assignment if named(tp)[0] in stored}
 
     app.stored_offsets = stored_offsets
 
@@ -66,7 +73,7 @@ done: set[str] = set()
 
 async def interfere(message: Any) -> None:
     """Once, at the offset of partition 1 that the test named: pause the partition for a while, or seek."""
-    tp = TP("a", 1)
+    tp = TP(PREFIX + "a", 1)
     if message.tp == tp and message.offset == OPTIONS.get("pause_at") and "pause" not in done:
         done.add("pause")
         app.consumer.pause_partitions({tp})
@@ -102,12 +109,12 @@ async def tell(stream: Any) -> None:
 @app.on_rebalance_complete.connect
 async def on_rebalance_complete(*args: Any, **kwargs: Any) -> None:
     """Print what this worker owns now."""
-    say(owned=sorted(app.consumer.assignment()), generation=app.consumer_generation_id)
+    say(owned=sorted(map(named, app.consumer.assignment())), generation=app.consumer_generation_id)
 
 
 if __name__ == "__main__":
     worker = app.Worker(
-        loglevel=logging.WARNING,
+        loglevel=OPTIONS.get("loglevel", logging.WARNING),
         logfile=sys.stderr,
         quiet=True,
         redirect_stdouts=False,

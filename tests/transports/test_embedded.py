@@ -53,21 +53,6 @@ def every(count: int) -> set[tuple[int, int]]:
 
 
 class TestOneWorker:
-    @pytest.mark.parametrize("isolated", [False, True])
-    def test_chain(self, log: SqliteLog, worker: Start, isolated: bool) -> None:
-        """Everything goes through both agents once, in order per partition; later records as well."""
-        fill(log, 100)
-        running = worker(isolated=isolated)
-        wait_until(lambda: len(arrived(running)) == 200)
-        fill(log, 50)
-        wait_until(lambda: len(arrived(running)) >= 300)
-        assert running.end(signal.SIGTERM) == 0
-        values = {p: [f["value"] for f in running.all("arrived") if f["partition"] == p] for p in range(2)}
-
-        for partition in range(2):
-            numbers = [*range(100), *range(50)]
-            assert values[partition] == [f"{partition}:{number}" for number in numbers]
-
     @pytest.mark.parametrize("poll", [6, 500])
     def test_backlog_with_full_buffers(self, log: SqliteLog, worker: Start, poll: int) -> None:
         """A backlog far larger than the buffers, on two topics at once, flows to its end at any poll size.
@@ -81,35 +66,6 @@ class TestOneWorker:
         wait_until(lambda: len(running.all("arrived")) == 2000, "2000 records")
 
         assert len(set(arrived(running))) == 2000
-
-    def test_restart_goes_on_from_committed(self, log: SqliteLog, worker: Start) -> None:
-        """Without stores a restart reads from what the group committed, not from the beginning."""
-        fill(log, 100)
-        running = worker()
-        wait_until(lambda: len(arrived(running)) == 200)
-        running.end(signal.SIGTERM)
-        fill(log, 1)
-        again = worker()
-        wait_until(lambda: len(again.all("copied")) >= 2)
-        again.end()
-
-        assert {fact["copied"] for fact in again.all("copied")} == {100}
-
-    def test_restart_reads_from_stored_offsets(self, log: SqliteLog, worker: Start) -> None:
-        """The stores' offsets count, not the group's; a topic without a store goes on from the group's."""
-        fill(log, 100)
-        running = worker()
-        wait_until(lambda: len(arrived(running)) == 200)
-        running.end(signal.SIGTERM)
-        again = worker(stored_offsets={"a": 40})
-        wait_until(lambda: len(again.all("copied")) == 120 and len(arrived(again)) == 120)
-        again.end()
-
-        assert again.last("asked") == [["a", 0], ["a", 1], ["b", 0], ["b", 1]]
-        for partition in range(2):
-            mine = [fact["copied"] for fact in again.all("copied") if fact["partition"] == partition]
-            assert mine == list(range(40, 100))
-        assert min(offset for _, offset in arrived(again)) == 100
 
     def test_pause(self, log: SqliteLog, worker: Start) -> None:
         """What was fetched when a partition was paused is delivered when it resumes: once, in order."""
@@ -132,13 +88,6 @@ class TestOneWorker:
         wait_until(lambda: mine()[-1:] == [199])
         assert mine()[back_to - 200 :] == list(range(back_to, 200))
 
-    def test_failing_hook_ends_the_worker(self, log: SqliteLog, worker: Start) -> None:
-        """A worker whose stores cannot be opened does not go on without them."""
-        running = worker(stored_offsets={"a": 0}, hook_fails=True)
-
-        assert running.wait() != 0
-        assert "the store cannot be opened" in running.errors
-
     def test_full_disk_ends_the_worker(self, log: SqliteLog, worker: Start) -> None:
         """A send that cannot be made durable fails its agent, and with it the worker."""
         fill(log, 1)
@@ -147,15 +96,6 @@ class TestOneWorker:
         assert running.wait() != 0
         assert "DiskFull" in running.errors
         assert not running.all("copied")
-
-    def test_stored_offset_out_of_range(self, log: SqliteLog, worker: Start) -> None:
-        """An offset that the log no longer holds ends the worker; it is never reset in silence."""
-        fill(log, 10)
-        log.delete_records("a", 0, 5)
-        running = worker(stored_offsets={"a": 2, "b": 0})
-
-        assert running.wait() != 0
-        assert "OffsetOutOfRange" in running.errors
 
     def test_sigterm_while_busy(self, log: SqliteLog, worker: Start) -> None:
         """A worker in the middle of a backlog ends within seconds, and leaves its group."""
@@ -208,6 +148,16 @@ class TestTwoWorkers:
 
         wait_until(lambda: {o for p, o in arrived(one, two) if p == 1} == set(range(end)))
 
+    def test_replaced_instance_ends(self, log: SqliteLog, worker: Start) -> None:
+        """Two workers under one instance id: the older one is fenced and ends."""
+        one = worker(instance="me")
+        wait_until(lambda: owns(one, 0, 1))
+        two = worker(instance="me")
+        wait_until(lambda: owns(two, 0, 1))
+
+        assert one.wait() != 0
+        assert "Fenced" in one.errors
+
     def test_instance_takes_over_at_once(self, log: SqliteLog, worker: Start) -> None:
         """A restart under the same instance id does not wait for the lease of a minute, nor disturb the other."""
         lease = {"broker_session_timeout": 60.0}
@@ -222,16 +172,6 @@ class TestTwoWorkers:
 
         assert again.last("generation") == generation
         assert one.last("generation") == generation
-
-    def test_replaced_instance_ends(self, log: SqliteLog, worker: Start) -> None:
-        """Two workers under one instance id: the older one is fenced and ends."""
-        one = worker(instance="me")
-        wait_until(lambda: owns(one, 0, 1))
-        two = worker(instance="me")
-        wait_until(lambda: owns(two, 0, 1))
-
-        assert one.wait() != 0
-        assert "Fenced" in one.errors
 
 
 class TestStoredOffsets:

@@ -467,7 +467,7 @@ class TestBroker:
         three.close()
 
     @pytest.mark.parametrize(
-        "url", ["kafka://localhost:9092", "embedded://relative/log", "embedded:///", "embedded:///l?x=1", "/l", ""]
+        "url", ["kafka://localhost:9092/x", "embedded://relative/log", "embedded:///", "embedded:///l?x=1", "/l", ""]
     )
     def test_bad_urls(self, url: str) -> None:
         """What this version cannot open is refused with the way out."""

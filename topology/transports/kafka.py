@@ -41,6 +41,12 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         consumer._auto_offset_reset = "none"
         return consumer
 
+    async def _fetch_records(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await super()._fetch_records(*args, **kwargs)
+        except NoOffsetForPartitionError:
+            return {}  # a fetch from before the assignment: the offsets of the stores are being sought right now
+
 
 class Consumer(StoredOffsets, driver.Consumer):  # type: ignore[misc]
     """The driver's consumer, starting where the stores stand."""
@@ -53,7 +59,7 @@ class Consumer(StoredOffsets, driver.Consumer):  # type: ignore[misc]
         try:
             async for item in super().getmany(timeout):
                 yield item
-        except (OffsetOutOfRangeError, NoOffsetForPartitionError) as error:
+        except OffsetOutOfRangeError as error:
             raise OffsetOutOfRange(
                 f"the log does not hold the offset to read next: {error}",
                 where=kafka_address.shown(self.transport.brokers),

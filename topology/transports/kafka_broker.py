@@ -89,18 +89,23 @@ class KafkaBroker:
 
     async def ensure_topics(self, specs: Sequence[TopicSpec]) -> None:
         """See ``Broker.ensure_topics``."""
+        missing = []
         for spec in specs:
             try:
-                count = await self._count(spec.name)
+                self._check_count(spec, await self._count(spec.name))
             except NotFound:
-                await self._ask(f"creating topic {spec.name}", partial(self._create, spec))
-                count = await self._ask(f"topic {spec.name}", partial(self._count_made, spec.name))
-            if count != spec.partitions:
-                raise SettingsConflict(
-                    f"topic {spec.name} has {count} partitions, not {spec.partitions}",
-                    where=self._where,
-                    way_out="use another topic prefix, or make the topic anew",
-                )
+                missing.append(spec)
+        for spec in missing:
+            await self._ask(f"creating topic {spec.name}", partial(self._create, spec))
+            self._check_count(spec, await self._ask(f"topic {spec.name}", partial(self._count_made, spec.name)))
+
+    def _check_count(self, spec: TopicSpec, count: int) -> None:
+        if count != spec.partitions:
+            raise SettingsConflict(
+                f"topic {spec.name} has {count} partitions, not {spec.partitions}",
+                where=self._where,
+                way_out="use another topic prefix, or make the topic anew",
+            )
 
     async def _create(self, spec: TopicSpec) -> None:
         topic = NewTopic(
