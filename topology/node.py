@@ -1,54 +1,34 @@
 """A node: one store that follows one partition, on one broker, in one process.
 
 The node is what the agents call and what commands ask. It holds no rule of the system: what a record means is said by
-`pipeline.replica`, what an event makes by `pipeline.primary`. It decides when: when to open, to claim, to commit, to
-wait, to stop.
-
-A primary passes through three states. It FOLLOWS its own partition as any replica does until it has read all that was
-there; it CLAIMS by appending an EPOCH and following up to it; it LEADS once that EPOCH is in force. Nothing is computed
-from events before. Whatever ends a lead (a fence, a failed send, a rebalance) drops all dirty layers.
+`pipeline.replica`. It decides when: when to open, to follow, to commit, to archive, to stop. What a primary does
+beyond that is its `Lead`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import enum
-import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline import failpoints
 from pipeline.archive import plan_segments
-from pipeline.codec import Codec
-from pipeline.errors import (
-    CorruptInput,
-    Diverged,
-    EventCorrupt,
-    FrameCorrupt,
-    Gap,
-    LogLost,
-    NotProven,
-    OffsetOutOfRange,
-    StateferryError,
-    WalkGap,
-    WrongChain,
-    disk_full,
-)
-from pipeline.frame import NO_HASH, digest_of
+from pipeline.errors import Diverged, FrameCorrupt, Gap, NotProven, StateferryError, WrongChain, disk_full
+from pipeline.frame import digest_of
 from pipeline.generation import Generation, Opening
-from pipeline.inlet import NO_SOURCE, EventReader, SourcePosition, mends
-from pipeline.position import LogMark, Meta, decode_meta, encode_meta
-from pipeline.primary import Primary, epoch_frame
+from pipeline.position import Meta, decode_meta, encode_meta
 from pipeline.replica import Applied, Ended, Outcome, Reign, Replica, Step, Void
 from pipeline.stores.base import META_KEY, PROOF_KEY, ROLE_KEY, Batch
 from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import Proof, decode_proof, encode_proof
-from topology import logs, topics
+from topology import log_check, logs, topics
 from topology.archiver import Archiver
 from topology.data_dir import DataDir
+from topology.lead import Lead, Produce, State
 from topology.settings import Settings
 from topology.transports.base import Broker
 
@@ -59,19 +39,10 @@ GROUP_WAIT_S = 0.005
 GROUP_FRAMES_MAX = 64
 """Frames in one write batch, whatever their size."""
 
-Produce = Callable[[bytes], Awaitable[Awaitable[Any]]]
-"""Hand a record to the broker; what comes back is done when the record is durable."""
-
 
 class Role(enum.Enum):
     PRIMARY = "primary"
     REPLICA = "replica"
-
-
-class State(enum.Enum):
-    FOLLOWING = "following"
-    CLAIMING = "claiming"
-    LEADING = "leading"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -111,26 +82,18 @@ class Node:
         self.stopping = asyncio.Event()
         self.progressed = asyncio.Event()  # something was committed; set and cleared by `_commit`
         self.on_commit: list[Callable[[list[Step]], None]] = []
-        self.state = State.FOLLOWING
+        self.lead: Lead | None = None  # of a primary
         self.ends = Ends()
         self.next_diffs = 0  # the next offset to handle
-        self.next_blocks = 0
         self.last_progress_s = time.monotonic()
         self.store: RocksStore
         self.replica: Replica
         self.proof = Proof(proven=False)
         self.voids: Counter[str] = Counter()
         self._opening_record = opening_record
-        self._writer = secrets.token_bytes(16)
-        self._primary: Primary | None = None
-        self._reader = EventReader(self.generation.generation)
-        self._produce: Produce
         self._committed: Meta
-        self._leading = asyncio.Event()
-        self._room = asyncio.Event()
         self._commit_is_due = False
         self._uncommitted: list[Step] = []
-        self._skip_blocks_to = 0
         self._opened = False
         self._started = False  # the ends of the topics are known
         self._handling = 0  # records taken, and not yet known to be good
@@ -140,13 +103,20 @@ class Node:
 
     def open(self, produce: Produce) -> None:
         """Open the store. Raises WrongChain, NotProven and what the store raises."""
-        self._produce = produce
         self.store = RocksStore(self.data_dir.store_path)
         try:
             self._load()
         except BaseException:
             self.store.close()
             raise
+        if self.role is Role.PRIMARY:
+            self.lead = Lead(
+                settings=self.settings,
+                broker=self.broker,
+                generation=self.generation,
+                replica=self.replica,
+                produce=produce,
+            )
         self._opened = True
         log.info("node_opened", role=self.role.value, proof=self.proof_word, **self._where())
 
@@ -222,108 +192,23 @@ class Node:
 
     async def start(self) -> dict[str, int]:
         """Compare the store with the logs, and say from where to read: topic -> offset. After every assignment."""
-        self._drop_lead()
+        self._commit()
         await self._check_diffs()
         self.next_diffs = self.replica.meta.diffs.next_offset
         _, self.ends.diffs = await self.broker.bounds(self.generation.diffs_topic, 0)
         offsets = {self.generation.diffs_topic: self.next_diffs}
-        if self.role is Role.PRIMARY:
-            self.next_blocks = await self._check_blocks()
+        if self.lead is not None:
+            offsets[self.generation.blocks_topic] = await self.lead.start()
             _, self.ends.blocks = await self.broker.bounds(self.generation.blocks_topic, 0)
-            offsets[self.generation.blocks_topic] = self.next_blocks
         self.last_progress_s = time.monotonic()
         self._started = True
         return offsets
 
-    def _drop_lead(self) -> None:
-        self._commit()
-        self.replica.drop_proposed()
-        self._primary = None
-        self.state = State.FOLLOWING
-        self._leading.clear()
-
-    async def _record_at(self, topic: str, offset: int) -> bytes | None:
-        """The record at an offset, or None if the log does not hold it."""
-        first, end = await self.broker.bounds(topic, 0)
-        if not first <= offset < end:
-            return None
-        found = await self.broker.read(topic, 0, offset, bytes_max=1)
-        return found[0].value if found and found[0].offset == offset else None
-
-    async def _holds(self, topic: str, mark: LogMark) -> bool:
-        """Whether the log still holds what the mark says was followed."""
-        first, end = await self.broker.bounds(topic, 0)
-        if mark.next_offset == 0 or (mark.next_offset == first and first <= end):
-            return True  # nothing was read, or what was read is deleted by now
-        if not mark.last_digest or mark.last_digest == NO_HASH:
-            return mark.next_offset <= end
-        record = await self._record_at(topic, mark.next_offset - 1)
-        return record is not None and digest_of(record) == mark.last_digest
-
     async def _check_diffs(self) -> None:
-        """Take back every frame that the log lost. Raises LogLost, OffsetOutOfRange."""
-        topic, replica = self.generation.diffs_topic, self.replica
-        first, _ = await self.broker.bounds(topic, 0)
-        if replica.meta.diffs.next_offset < first:
-            raise OffsetOutOfRange(
-                f"the diffs topic begins at offset {first}, this store follows from {replica.meta.diffs.next_offset}",
-                where=topic,
-                way_out="restore from a snapshot into an empty data directory: `stateferry restore`",
-            )
-        from_seq, frames = replica.meta.seq, 0
-        while not await self._holds(topic, replica.meta.diffs):
-            if replica.meta.seq == 0 and replica.meta.epoch > 0:
-                # Nothing but EPOCHs was followed, and the log lost one: begin after the opening again.
-                replica.meta = replace(self._base_meta(), tip=replica.meta.tip)
-                self.store.write(Batch(meta={META_KEY: encode_meta(replica.meta)}))
-                continue
-            if replica.meta.seq == 0:
-                raise LogLost("the diffs topic is not the one that this store followed", where=topic)
-            replica.take_back()
-            frames += 1
-        if frames:
-            log.warning(
-                "log_taken_back",
-                frames=frames,
-                from_seq=from_seq,
-                to_seq=replica.meta.seq,
-                why="the log lost its end: it holds no record, or another one, where this store had read one",
-            )
-
-    async def _check_blocks(self) -> int:
-        """The offset from which to read events. A log that lost its end is read from the start: what was applied is
-        known by its walk number."""
-        topic, replica = self.generation.blocks_topic, self.replica
-        mark = replica.meta.blocks
-        first, end = await self.broker.bounds(topic, 0)
-        if await self._holds(topic, mark):
-            if mark.next_offset < first:
-                raise OffsetOutOfRange(f"the blocks topic begins at offset {first}", where=topic)
-            self._new_reader(mark.last_digest or NO_HASH)
-            return mark.next_offset
-        log.warning("blocks_log_shorter", stored_offset=mark.next_offset, end_offset=end)
-        position = SourcePosition(self.generation.generation, self.generation.base)
-        reader = EventReader(self.generation.generation, with_ops=False)
-        last, follow_on = NO_HASH, first
-        async for record in topics.records(self.broker, topic):
-            if record.offset >= min(mark.next_offset, end):
-                break
-            follow_on, last = record.offset + 1, digest_of(record.value)
-            try:
-                found = reader.feed(record.value, record.offset, position.source)
-            except EventCorrupt:
-                position.meet_bad_record()
-                continue
-            if found is not None:
-                position.follow(found[0])
-        epoch, writer = position.source if position.source[0] else NO_SOURCE
-        replica.meta = replace(replica.meta, source_epoch=epoch, source_writer=writer)
-        self._new_reader(last)
-        return follow_on
-
-    def _new_reader(self, previous_digest: bytes) -> None:
-        self._reader = EventReader(self.generation.generation, previous_digest=previous_digest)
-        self._skip_blocks_to = 0
+        """Take back what the diffs topic lost. Raises LogLost, OffsetOutOfRange."""
+        self.replica.drop_proposed()
+        await log_check.follow_back(self.broker, self.generation.diffs_topic, self.replica, self._base_meta())
+        self._committed = self.replica.meta
 
     # Frames
 
@@ -342,10 +227,8 @@ class Node:
 
     async def _follow(self, offset: int, record: bytes) -> None:
         try:
-            if self.state is State.LEADING and self._primary is not None:
-                outcome = self._primary.follow(record, offset)
-            else:
-                outcome = self.replica.step(record, offset)
+            follower = self.replica.step if self.lead is None else self.lead.follow
+            outcome = follower(record, offset)
         except Gap:
             self._commit()
             await self._check_diffs()  # the log may have changed under us: that is the first thing to know
@@ -364,12 +247,9 @@ class Node:
                 if self.has_arrived:
                     self.stop()  # here and not later: the next record may stand above
             case Reign(header=header):
-                self._commit_soon()
-                if header.writer == self._writer:
-                    self._lead()
-                elif self.state is State.CLAIMING:
-                    log.warning("epoch_lost", epoch=header.epoch, writer=header.writer.hex())
-                    self.state = State.FOLLOWING
+                self._commit()
+                if self.lead is not None:
+                    self.lead.meet_epoch(header)
             case Void(reason=reason):
                 self.voids[reason] += 1
                 log.info("record_voided", topic=self.generation.diffs_topic, offset=offset, reason=reason)
@@ -425,94 +305,42 @@ class Node:
             changes=sum(step.header.op_count for step in steps),
             bytes=sum(len(step.whole) for step in steps),
         )
-        self._room.set()
+        if self.lead is not None:
+            self.lead.make_room()
         self.progressed.set()
         for listener in self.on_commit:
             listener(steps)
 
-    # Leading
+    # Events
 
     async def claim_if_caught_up(self) -> None:
         """A primary that has read all there was appends its EPOCH, and follows up to it."""
-        if self.role is not Role.PRIMARY or self.state is not State.FOLLOWING or self.stopping.is_set():
+        lead = self.lead
+        if lead is None or lead.state is not State.FOLLOWING or self.stopping.is_set():
             return
         if self.next_diffs < self.ends.diffs:
             return
         _, end = await self.broker.bounds(self.generation.diffs_topic, 0)
-        if self.next_diffs < end:
-            return
-        self.state = State.CLAIMING
-        self._writer = secrets.token_bytes(16)  # one reign, one writer
-        await (await self._produce(epoch_frame(self.replica.meta, self._writer)))
-        failpoints.hit("propose.epoch")
-
-    def _lead(self) -> None:
-        self._commit()
-        self._primary = Primary(self.replica, codec=Codec[self.settings.codec.upper()])
-        self.state = State.LEADING
-        self._leading.set()
-        log.info("epoch_claimed", epoch=self.replica.meta.epoch, writer=self._writer.hex())
+        if self.next_diffs >= end and lead.state is State.FOLLOWING:
+            await lead.claim()
 
     async def on_blocks(self, offset: int, record: bytes) -> list[Awaitable[Any]]:
         """One record of the blocks topic: propose what follows. Returns what is done once the frames are durable."""
-        await self._leading.wait()
-        while self._ahead_bytes() > self.settings.ahead_bytes_max and not self.stopping.is_set():
-            self._room.clear()
-            await self._room.wait()
-        primary = self._primary
-        if offset < self.next_blocks or self.stopping.is_set() or primary is None:
+        lead = self.lead
+        assert lead is not None, self.role
+        await lead.wait_for_room(self.stopping)
+        if offset < lead.next_blocks or self.stopping.is_set() or lead.primary is None:
             return []
-        if self.until_height is not None and primary.ahead.tip.height >= self.until_height:
+        if self.until_height is not None and lead.stands_at(self.until_height):
             await self.stopping.wait()  # what is proposed already ends this node when it is read back
             return []
-        self.next_blocks = offset + 1
+        lead.next_blocks = offset + 1
         self.last_progress_s = time.monotonic()
         self._handling += 1
         try:
-            return await self._propose(primary, offset, record)
+            return await lead.propose(offset, record)
         finally:
             self._handling -= 1
-
-    async def _propose(self, primary: Primary, offset: int, record: bytes) -> list[Awaitable[Any]]:
-        ahead = primary.ahead
-        source = (ahead.source_epoch, ahead.source_writer)
-        try:
-            found = self._reader.feed(record, offset, source)
-            if found is None or offset < self._skip_blocks_to:
-                return []
-            proposals = primary.propose(*found)
-        except (CorruptInput, WalkGap) as error:
-            mended_at = await self._mended_at(offset + 1, source, ahead.walk)
-            if mended_at is None:
-                raise self._located(error, offset) from error
-            self._skip_blocks_to = mended_at
-            return []
-        except StateferryError as error:
-            raise self._located(error, offset) from error
-        if proposals:
-            failpoints.hit("propose.computed")
-        return [await self._produce(record) for proposal in proposals for record in proposal.records]
-
-    def _ahead_bytes(self) -> int:
-        return self.replica.layers.dirty_bytes + (self._primary.proposed_bytes if self._primary is not None else 0)
-
-    def _located(self, error: StateferryError, offset: int) -> StateferryError:
-        error.where = (
-            f"{error.where + ', ' if error.where else ''}topic {self.generation.blocks_topic}, offset {offset}"
-        )
-        return error
-
-    async def _mended_at(self, start: int, source: tuple[int, bytes], walk: int) -> int | None:
-        """The offset of a valid EPOCH behind a bad record, which makes the stretch up to it void; None without one."""
-        reader = EventReader(self.generation.generation, with_ops=False)
-        async for record in topics.records(self.broker, self.generation.blocks_topic, start):
-            try:
-                found = reader.feed(record.value, record.offset, source)
-            except CorruptInput:
-                continue
-            if found is not None and mends(found[0], source, walk):
-                return record.offset
-        return None
 
     # Being asked
 
@@ -522,7 +350,11 @@ class Node:
 
     @property
     def in_flight(self) -> int:
-        return 0 if self._primary is None else self._primary.in_flight
+        return 0 if self.lead is None else self.lead.in_flight
+
+    @property
+    def state(self) -> State:
+        return State.FOLLOWING if self.lead is None else self.lead.state
 
     @property
     def has_consumed_all(self) -> bool:
@@ -531,9 +363,10 @@ class Node:
             return False
         if self.next_diffs < self.ends.diffs:
             return False
-        if self.role is Role.REPLICA:
+        lead = self.lead
+        if lead is None:
             return True
-        return self.state is State.LEADING and self.next_blocks >= self.ends.blocks and self.in_flight == 0
+        return lead.state is State.LEADING and lead.next_blocks >= self.ends.blocks and lead.in_flight == 0
 
     @property
     def has_arrived(self) -> bool:
@@ -554,9 +387,9 @@ class Node:
         """What every buffer holds now; its bounds are in the settings."""
         return {
             "dirty_layers": self.replica.layers.dirty_bytes,
-            "proposed_frames": 0 if self._primary is None else self._primary.proposed_bytes,
+            "proposed_frames": 0 if self.lead is None else self.lead.proposed_bytes,
             "frame_chunks": self.replica.held_chunk_bytes,
-            "event_chunks": self._reader.held_bytes,
+            "event_chunks": 0 if self.lead is None else self.lead.held_event_bytes,
             "group": self._group_bytes(),
         }
 

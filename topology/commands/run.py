@@ -76,7 +76,7 @@ class Meter:
 
     @property
     def done(self) -> int:
-        return self._node.next_blocks if self._node.role is Role.PRIMARY else self._node.next_diffs
+        return self._node.next_diffs if self._node.lead is None else self._node.lead.next_blocks
 
     @property
     def end(self) -> int:

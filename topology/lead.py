@@ -1,0 +1,163 @@
+"""What a primary does beyond following: claim, propose, and read its own frames back.
+
+It FOLLOWS its own partition as any replica does until it has read all that was there; it CLAIMS by appending an EPOCH
+and following up to it; it LEADS once that EPOCH is in force. Nothing is computed from events before. Whatever ends a
+lead (a fence, a failed send, a rebalance) drops all dirty layers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from pipeline import failpoints
+from pipeline.codec import Codec
+from pipeline.errors import CorruptInput, RewindTooDeep, StateferryError, WalkGap
+from pipeline.frame import Header
+from pipeline.generation import Generation
+from pipeline.inlet import EventReader
+from pipeline.primary import Primary, epoch_frame
+from pipeline.replica import Outcome, Replica
+from topology import log_check, logs
+from topology.settings import Settings
+from topology.transports.base import Broker
+
+log = logs.get()
+
+Produce = Callable[[bytes], Awaitable[Awaitable[Any]]]
+"""Hand a record to the broker; what comes back is done when the record is durable."""
+
+
+class State(enum.Enum):
+    FOLLOWING = "following"
+    CLAIMING = "claiming"
+    LEADING = "leading"
+
+
+class Lead:
+    """A primary's side of a node.
+
+    * `primary` exists while LEADING, and only then.
+    * A writer id is used for one reign: whoever loses a claim takes a new one.
+    """
+
+    def __init__(
+        self, *, settings: Settings, broker: Broker, generation: Generation, replica: Replica, produce: Produce
+    ) -> None:
+        self.state = State.FOLLOWING
+        self.primary: Primary | None = None
+        self.next_blocks = 0  # the next offset of the blocks topic to handle
+        self._settings = settings
+        self._broker = broker
+        self._generation = generation
+        self._replica = replica
+        self._produce = produce
+        self._writer = b""
+        self._reader = EventReader(generation.generation)
+        self._skip_to = 0  # offsets below it are void: an EPOCH at it mends what came before
+        self._leading = asyncio.Event()
+        self._room = asyncio.Event()
+
+    async def start(self) -> int:
+        """Give up any lead and find where events are read from: the offset. After every assignment; the caller has dropped
+        what was proposed."""
+        self.primary = None
+        self.state = State.FOLLOWING
+        self._leading.clear()
+        self._skip_to = 0
+        self.next_blocks, self._reader = await log_check.find_events(self._broker, self._generation, self._replica)
+        return self.next_blocks
+
+    # Claiming
+
+    async def claim(self) -> None:
+        """Append the own EPOCH; it is in force once it was read back as valid."""
+        self.state = State.CLAIMING
+        self._writer = secrets.token_bytes(16)
+        await (await self._produce(epoch_frame(self._replica.meta, self._writer)))
+        failpoints.hit("propose.epoch")
+
+    def meet_epoch(self, header: Header) -> None:
+        """A valid EPOCH was followed: the own one opens the lead, another's has won the race."""
+        if header.writer == self._writer:
+            self.primary = Primary(self._replica, codec=Codec[self._settings.codec.upper()])
+            self.state = State.LEADING
+            self._leading.set()
+            log.info("epoch_claimed", epoch=header.epoch, writer=header.writer.hex())
+        elif self.state is State.CLAIMING:
+            log.warning("epoch_lost", epoch=header.epoch, writer=header.writer.hex())
+            self.state = State.FOLLOWING
+
+    # Proposing
+
+    async def wait_for_room(self, stopping: asyncio.Event) -> None:
+        """Until this writer is in force and what it computed ahead is below its bound."""
+        await self._leading.wait()
+        while self.ahead_bytes > self._settings.ahead_bytes_max and not stopping.is_set():
+            self._room.clear()
+            await self._room.wait()
+
+    def make_room(self) -> None:
+        """Something was committed."""
+        self._room.set()
+
+    async def propose(self, offset: int, record: bytes) -> list[Awaitable[Any]]:
+        """The frames that follow from one record of the blocks topic, produced. Returns what is done once they are
+        durable. Raises what `Primary.propose` raises, with the record's place."""
+        primary = self.primary
+        assert primary is not None, self.state
+        ahead = primary.ahead
+        source = (ahead.source_epoch, ahead.source_writer)
+        try:
+            found = self._reader.feed(record, offset, source)
+            if found is None or offset < self._skip_to:
+                return []
+            proposals = primary.propose(*found)
+        except (CorruptInput, WalkGap, RewindTooDeep) as error:
+            # A source that published again from here made this record void.
+            mend = await log_check.find_mend(self._broker, self._generation, offset + 1, source, ahead.walk)
+            if mend is None:
+                raise self._located(error, offset) from error
+            self._skip_to = mend
+            return []
+        except StateferryError as error:
+            raise self._located(error, offset) from error
+        if proposals:
+            failpoints.hit("propose.computed")
+        return [await self._produce(one) for proposal in proposals for one in proposal.records]
+
+    def _located(self, error: StateferryError, offset: int) -> StateferryError:
+        place = f"topic {self._generation.blocks_topic}, offset {offset}"
+        error.where = f"{error.where}, {place}" if error.where else place
+        return error
+
+    def follow(self, record: bytes, offset: int) -> Outcome:
+        """One record of the own partition, while leading and before."""
+        return self._replica.step(record, offset) if self.primary is None else self.primary.follow(record, offset)
+
+    # Being asked
+
+    @property
+    def in_flight(self) -> int:
+        """Frames proposed and not read back."""
+        return 0 if self.primary is None else self.primary.in_flight
+
+    @property
+    def proposed_bytes(self) -> int:
+        return 0 if self.primary is None else self.primary.proposed_bytes
+
+    @property
+    def ahead_bytes(self) -> int:
+        """What is held for blocks computed and not read back."""
+        return self._replica.layers.dirty_bytes + self.proposed_bytes
+
+    @property
+    def held_event_bytes(self) -> int:
+        return self._reader.held_bytes
+
+    def stands_at(self, height: int) -> bool:
+        """Whether everything up to a height is proposed."""
+        return self.primary is not None and self.primary.ahead.tip.height >= height

@@ -1,0 +1,112 @@
+"""Comparing a store with the logs it follows, before anything flows: what did a log lose, and from where to read.
+
+Every store keeps, for both topics, the next offset and the digest of the record before it. A log that holds another
+record there, or none, is not the one that was followed: a broker that lost acknowledged records, or a topic made anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipeline.errors import CorruptInput, EventCorrupt, LogLost, OffsetOutOfRange
+from pipeline.frame import NO_HASH, digest_of
+from pipeline.generation import Generation
+from pipeline.inlet import NO_SOURCE, EventReader, Source, SourcePosition, mends
+from pipeline.position import LogMark, Meta, encode_meta
+from pipeline.replica import Replica
+from pipeline.stores.base import META_KEY, Batch
+from topology import logs, topics
+from topology.transports.base import Broker
+
+log = logs.get()
+
+
+async def holds(broker: Broker, topic: str, mark: LogMark) -> bool:
+    """Whether the log still holds what the mark says was followed."""
+    first, end = await broker.bounds(topic, 0)
+    if mark.next_offset == 0 or (mark.next_offset == first and first <= end):
+        return True  # nothing was read, or what was read is deleted by now
+    if not mark.last_digest or mark.last_digest == NO_HASH:
+        return mark.next_offset <= end
+    if not first < mark.next_offset <= end:
+        return False
+    found = await broker.read(topic, 0, mark.next_offset - 1, bytes_max=1)
+    return bool(found) and found[0].offset == mark.next_offset - 1 and digest_of(found[0].value) == mark.last_digest
+
+
+async def follow_back(broker: Broker, topic: str, replica: Replica, unread: Meta) -> None:
+    """Take back every frame that the diffs topic lost. ``unread``: the meta after the opening and nothing else.
+
+    Raises LogLost when the journal does not reach far enough, OffsetOutOfRange when records in between are deleted.
+    """
+    first, _ = await broker.bounds(topic, 0)
+    if replica.meta.diffs.next_offset < first:
+        raise OffsetOutOfRange(
+            f"the diffs topic begins at offset {first}, this store follows from {replica.meta.diffs.next_offset}",
+            where=topic,
+            way_out="restore from a snapshot into an empty data directory: `stateferry restore`",
+        )
+    from_seq, frames = replica.meta.seq, 0
+    while not await holds(broker, topic, replica.meta.diffs):
+        if replica.meta.seq > 0:
+            replica.take_back()
+            frames += 1
+        elif replica.meta.epoch > 0:
+            # Nothing but EPOCHs was followed, and the log lost one: begin after the opening again.
+            replica.meta = replace(unread, tip=replica.meta.tip)
+            replica.store.write(Batch(meta={META_KEY: encode_meta(replica.meta)}))
+        else:
+            raise LogLost("the diffs topic is not the one that this store followed", where=topic)
+    if frames:
+        log.warning(
+            "log_taken_back",
+            frames=frames,
+            from_seq=from_seq,
+            to_seq=replica.meta.seq,
+            why="the log lost its end: it holds no record, or another one, where this store had read one",
+        )
+
+
+async def find_events(broker: Broker, generation: Generation, replica: Replica) -> tuple[int, EventReader]:
+    """The offset from which a primary reads events, and the reader for them.
+
+    A blocks topic that lost its end is read to where it is sound for the source in force; what was applied already is
+    known by its walk number. Raises OffsetOutOfRange.
+    """
+    topic, mark = generation.blocks_topic, replica.meta.blocks
+    first, end = await broker.bounds(topic, 0)
+    if await holds(broker, topic, mark):
+        if mark.next_offset < first:
+            raise OffsetOutOfRange(f"the blocks topic begins at offset {first}", where=topic)
+        return mark.next_offset, EventReader(generation.generation, previous_digest=mark.last_digest or NO_HASH)
+    log.warning("blocks_log_shorter", stored_offset=mark.next_offset, end_offset=end)
+    position = SourcePosition(generation.generation, generation.base)
+    reader = EventReader(generation.generation, with_ops=False)
+    last, follow_on = NO_HASH, first
+    async for record in topics.records(broker, topic):
+        if record.offset >= mark.next_offset:
+            break
+        follow_on, last = record.offset + 1, digest_of(record.value)
+        try:
+            found = reader.feed(record.value, record.offset, position.source)
+        except EventCorrupt:
+            position.meet_bad_record()
+            continue
+        if found is not None:
+            position.follow(found[0])
+    epoch, writer = position.source if position.source[0] else NO_SOURCE
+    replica.meta = replace(replica.meta, source_epoch=epoch, source_writer=writer)
+    return follow_on, EventReader(generation.generation, previous_digest=last)
+
+
+async def find_mend(broker: Broker, generation: Generation, start: int, source: Source, walk: int) -> int | None:
+    """The offset of a valid EPOCH from ``start`` on, which makes a bad stretch before it void; None without one."""
+    reader = EventReader(generation.generation, with_ops=False)
+    async for record in topics.records(broker, generation.blocks_topic, start):
+        try:
+            found = reader.feed(record.value, record.offset, source)
+        except CorruptInput:
+            continue
+        if found is not None and mends(found[0], source, walk):
+            return record.offset
+    return None
