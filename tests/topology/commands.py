@@ -1,14 +1,17 @@
 """Commands for tests: in a process of their own, or in this one where the process is not what is tested.
 
 A `Site` is one broker, one object store, and the data directories of the nodes that use them. Every answer is a `Done`.
+The broker is an embedded log in the site's folder, or, for tests that use `each_broker`, Kafka.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
+import secrets
 import shutil
 import signal
 import sqlite3
@@ -25,17 +28,21 @@ from unittest import mock
 import click
 
 from pipeline import chunk, frame
-from pipeline.errors import StateferryError
+from pipeline.errors import NotFound, StateferryError
 from pipeline.frame import Kind
 from pipeline.generation import decode_generation
 from pipeline.position import Meta, decode_meta
 from pipeline.stores.base import META_KEY
 from pipeline.stores.rocksdb import RocksStore
+from tests.kafka.fixtures import Place
+from tests.transports.log import Log
 from topology import control, worker
 from topology.cli import cli
+from topology.transports.base import TopicSpec
 from topology.transports.sqlite_file import OFFSET_BITS
 
 ROOT = Path(__file__).parents[2]
+_RUN = secrets.token_hex(8)
 WAIT_S = 60.0
 """A condition that does not come true within this has failed: on a busy machine everything here takes seconds."""
 
@@ -142,9 +149,16 @@ def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str] | None 
 class Site:
     """One chain's places in a folder."""
 
+    kafka_url = ""
+    """Where the topics of every site are; empty: in its folder."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.log = folder / "log.sqlite"
+        self.place = Place(url=f"embedded://{self.log}")
+        if self.kafka_url:
+            prefix = hashlib.sha256(f"{_RUN} {folder}".encode()).hexdigest()[:12]
+            self.place = Place(url=self.kafka_url, prefix=f"site-{prefix}.")
         self.objects = folder / "objects"
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -153,7 +167,7 @@ class Site:
 
     def options(self, node: str) -> list[str]:
         return [
-            *("--broker", f"embedded://{self.log}", "--objects", f"file://{self.objects}"),
+            *(*self.place.options, "--objects", f"file://{self.objects}"),
             *("--data-dir", str(self.dir(node)), "--json"),
         ]
 
@@ -196,7 +210,15 @@ class Site:
     def copy(self, folder: Path) -> Site:
         """The same places with the same content in another folder, while nothing runs."""
         shutil.copytree(self.folder, folder)
-        return Site(folder)
+        copied = Site(folder)
+        if self.kafka_url:
+            with self.opened_log() as source, copied.opened_log() as target:
+                for topic in ("generations", "blocks", "diffs"):
+                    with contextlib.suppress(NotFound):
+                        records = source.read(topic)
+                        target.ensure_topics([TopicSpec(name=topic, partitions=1)])
+                        target.append(topic, 0, [(record.key, record.value) for record in records])
+        return copied
 
     def ingest(self, *files: Path | str) -> Any:
         return self.here("ingest", "bitcoin", *files).ok()
@@ -210,6 +232,14 @@ class Site:
 
     # The log
 
+    @contextlib.contextmanager
+    def opened_log(self) -> Iterator[Log]:
+        log = Log(self.place)
+        try:
+            yield log
+        finally:
+            log.close()
+
     def sql(self, statement: str, *values: object) -> list[Any]:
         with contextlib.closing(sqlite3.connect(self.log, timeout=WAIT_S)) as connection, connection:
             return connection.execute(statement, values).fetchall()
@@ -222,6 +252,9 @@ class Site:
 
     def records(self, topic: str) -> list[bytes]:
         """All records of a topic, in order."""
+        if self.kafka_url:
+            with self.opened_log() as log:
+                return [record.value for record in log.read(topic)]
         base = self._partition(topic) << OFFSET_BITS
         end = base + (1 << OFFSET_BITS)
         rows = self.sql("SELECT value FROM record WHERE id >= ? AND id < ? ORDER BY id", base, end)
@@ -229,6 +262,10 @@ class Site:
 
     def append(self, topic: str, *records: bytes) -> None:
         """Records at the end of a topic, as any writer may put them there."""
+        if self.kafka_url:
+            with self.opened_log() as log:
+                log.append(topic, 0, [(None, record) for record in records])
+                return
         partition = self._partition(topic)
         for record in records:
             ((end,),) = self.sql("UPDATE partition SET end = end + 1 WHERE id = ? RETURNING end", partition)
@@ -237,6 +274,7 @@ class Site:
 
     def cut(self, topic: str, records: int) -> list[bytes]:
         """Take the last records off a topic, as a power cut of a broker without fsync does. Returns them."""
+        assert not self.kafka_url, "Kafka takes no records off an end"
         partition = self._partition(topic)
         lost = self.records(topic)[-records:]
         ((end,),) = self.sql("UPDATE partition SET end = end - ? WHERE id = ? RETURNING end", records, partition)
@@ -248,6 +286,7 @@ class Site:
         return lost
 
     def replace(self, topic: str, offset: int, record: bytes) -> None:
+        assert not self.kafka_url, "Kafka replaces no record"
         row = (self._partition(topic) << OFFSET_BITS) | offset
         self.sql("UPDATE record SET value = ? WHERE id = ?", record, row)
 

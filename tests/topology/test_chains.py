@@ -13,6 +13,8 @@ from pipeline.state import UTXO
 from tests.chains import base_coins_path, block_files, expected, load_blocks, write_hex_lines
 from tests.topology.commands import Site, same_state
 
+pytestmark = pytest.mark.usefixtures("each_broker")
+
 
 def files_of(name: str, folder: Path, part: str = "") -> list[Path]:
     return block_files(name, part) or [write_hex_lines(folder / f"{name}{part}.hex", load_blocks(name, part))]

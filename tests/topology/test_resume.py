@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from pipeline.errors import Fenced, Locked, SettingsConflict
 from tests.chains import block_files, expected
 from tests.topology.commands import Site, finish, same_state, wait_until
+
+pytestmark = pytest.mark.usefixtures("each_broker")
 
 BLOCKS = block_files("mainnet_0_599")
 MUHASH = [entry["muhash"] for entry in expected("mainnet_0_599")]

@@ -1,0 +1,19 @@
+"""For tests by commands: a broker of every kind."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.topology.commands import Site
+
+
+@pytest.fixture
+def each_broker(broker_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites of this test have their topics on the embedded log, then on every Kafka."""
+    monkeypatch.setattr(Site, "kafka_url", broker_server)
+
+
+@pytest.fixture
+def kafka_only(kafka_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites of this test have their topics on Kafka."""
+    monkeypatch.setattr(Site, "kafka_url", kafka_server)
