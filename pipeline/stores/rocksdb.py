@@ -5,8 +5,8 @@ kernel has the bytes. After a power cut the store may be some batches older than
 what it was told, and never torn between column families, as all three share one write-ahead log. The log decides, so
 an older store simply reads on. `flush` syncs; snapshots and restores call it before they publish anything.
 
-**Memory.** Memtables: state 2 x 32 MiB, undo 2 x 16 MiB, meta 2 x 2 MiB; one block cache of 64 MiB holds blocks, index
-and filter blocks of all families: 164 MiB at most. Options are those measured in `stateferry bench apply`: full bloom
+**Memory.** Memtables: state 2 x 24 MiB, undo 2 x 8 MiB, meta 2 x 1 MiB; one block cache of 32 MiB holds blocks, index
+and filter blocks of all families: 98 MiB at most. Options are those measured in `stateferry bench apply`: full bloom
 filters of 10 bits (a miss is answered without a disk read), hash index inside data blocks, memtable bloom, no
 compression (values are hashes), dynamic levels.
 """
@@ -36,10 +36,10 @@ from rocksdict import (
 from pipeline.errors import NO_ROOM, DiskFull, Locked, NotEmpty, StateferryError, StoreCorrupt, Unsupported
 from pipeline.stores.base import FORMAT_KEY, FORMAT_VERSION, Batch
 
-BLOCK_CACHE_BYTES = 64 << 20
-_STATE_MEMTABLE_BYTES = 32 << 20
-_UNDO_MEMTABLE_BYTES = 16 << 20
-_META_MEMTABLE_BYTES = 2 << 20
+BLOCK_CACHE_BYTES = 32 << 20
+_STATE_MEMTABLE_BYTES = 24 << 20
+_UNDO_MEMTABLE_BYTES = 8 << 20
+_META_MEMTABLE_BYTES = 1 << 20
 _UNBORN = re.compile(
     r"LOCK|LOG.*|IDENTITY|rocksdict-config\.json|(MANIFEST|OPTIONS)-\d+|\d+\.(log|dbtmp)|OPTIONS-\d+\.dbtmp"
 )
