@@ -98,8 +98,8 @@ def _check_connect(block: Block, tip: BlockRef | None) -> None:
     elif block.parent_hash != tip.block_hash or block.ref.height != tip.height + 1:
         raise WalkInvalid(
             f"block {block.ref} has the parent {block.parent_hash[::-1].hex()}, but the tip is {tip}",
-            way_out="the source must rewind to a common block first; if the topic lost events and others took their place, "
-            "`stateferry generation new` begins again from a snapshot",
+            way_out="the source must rewind to a common block first; if the topic lost events and others took their "
+            "place, `stateferry generation new` begins again from a snapshot",
         )
 
 
@@ -110,8 +110,8 @@ def _depth(to: BlockRef, at: Stand, hash_at: HashAt) -> int:
         raise RewindTooDeep(
             f"a rewind to the fork point {to} is deeper than finality: the tip is {at.tip}, the final height "
             f"{at.final_height}",
-            way_out="begin a generation from a snapshot at or below the fork: `stateferry generation new --height`; if there is "
-            "none, `stateferry restore --height` into an empty directory and `stateferry snapshot` make one",
+            way_out="begin a generation from a snapshot at or below the fork: `stateferry generation new --height`; if "
+            "there is none, `stateferry restore --height` into an empty directory and `stateferry snapshot` make one",
         )
     if hash_at(to.height) != to.block_hash:
         raise WalkInvalid(f"a rewind to {to}, which is not on the branch of the tip {at.tip}")

@@ -62,8 +62,8 @@ class Lead:
         self._room = asyncio.Event()
 
     async def start(self) -> int:
-        """Give up any lead and find where events are read from: the offset. After every assignment; the caller has dropped
-        what was proposed."""
+        """Give up any lead and find where events are read from: the offset. After every assignment; the caller has
+        dropped what was proposed."""
         self.primary = None
         self.state = State.FOLLOWING
         self._leading.clear()

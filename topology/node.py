@@ -371,7 +371,8 @@ class Node:
     @property
     def has_arrived(self) -> bool:
         """Whether the height at which the node was to end is in what it accepted."""
-        return self.until_height is not None and self.replica.meta.tip.height >= self.until_height
+        arrived = self.until_height is not None and self.replica.meta.tip.height >= self.until_height
+        return arrived and self._started  # before, the log may still take frames back
 
     @property
     def committed_meta(self) -> Meta:
