@@ -26,7 +26,7 @@ POLL_RECORDS_MAX = 6
 frames from being read back, and both wait for ever."""
 ACKNOWLEDGEMENTS_MAX = 256
 """Sends not yet acknowledged; the applier waits above it."""
-STOP_TIMEOUT_S = 20.0
+STOP_TIMEOUT_S = 8.0
 """Of leaving the group in order. A broker that is gone is not waited for: the stores need nothing of it."""
 
 

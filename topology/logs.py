@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from typing import Final
 
 import structlog
@@ -33,12 +34,33 @@ EVENTS: Final[dict[str, str]] = {
 }
 
 
+REPEAT_S: Final = 10.0
+"""A library says the same thing at most this often."""
+
+
+class Sparse(logging.Filter):
+    """While a broker is away, every try of every client fails: hundreds of lines that say one thing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said_s: dict[tuple[str, str], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now_s, what = time.monotonic(), (record.name, str(record.msg))
+        if now_s - self._said_s.get(what, -REPEAT_S) < REPEAT_S:
+            return False
+        self._said_s[what] = now_s
+        return True
+
+
 def configure(*, verbose: bool) -> None:
     """Set up logging of this process: ours by `verbose`, libraries from warnings on. All of it goes to stderr."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s %(message)s")
     # Faust warns at every stop that its tasks were cancelled: that is how it stops.
     for name in ("faust", "mode", "aiokafka"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Sparse())
     renderer: structlog.types.Processor = (
         structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
     )

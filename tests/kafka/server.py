@@ -109,7 +109,9 @@ class Server:
         if not properties.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             properties.write_text(self._properties())
-            cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+            cluster = (
+                base64.urlsafe_b64encode(bytes(1) + uuid.uuid4().bytes[1:]).decode().rstrip("=")
+            )  # never begins with a dash
             self._java("kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(properties)).wait()
         self.process = self._java("kafka.Kafka", str(properties))
         deadline_s = time.monotonic() + START_TIMEOUT_S

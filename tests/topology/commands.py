@@ -211,7 +211,7 @@ class Site:
         """The same places with the same content in another folder, while nothing runs."""
         shutil.copytree(self.folder, folder)
         copied = Site(folder)
-        if self.kafka_url:
+        if self.place.is_kafka:
             with self.opened_log() as source, copied.opened_log() as target:
                 for topic in ("generations", "blocks", "diffs"):
                     with contextlib.suppress(NotFound):
@@ -252,7 +252,7 @@ class Site:
 
     def records(self, topic: str) -> list[bytes]:
         """All records of a topic, in order."""
-        if self.kafka_url:
+        if self.place.is_kafka:
             with self.opened_log() as log:
                 return [record.value for record in log.read(topic)]
         base = self._partition(topic) << OFFSET_BITS
@@ -262,7 +262,7 @@ class Site:
 
     def append(self, topic: str, *records: bytes) -> None:
         """Records at the end of a topic, as any writer may put them there."""
-        if self.kafka_url:
+        if self.place.is_kafka:
             with self.opened_log() as log:
                 log.append(topic, 0, [(None, record) for record in records])
                 return
@@ -274,7 +274,7 @@ class Site:
 
     def cut(self, topic: str, records: int) -> list[bytes]:
         """Take the last records off a topic, as a power cut of a broker without fsync does. Returns them."""
-        assert not self.kafka_url, "Kafka takes no records off an end"
+        assert not self.place.is_kafka, "Kafka takes no records off an end"
         partition = self._partition(topic)
         lost = self.records(topic)[-records:]
         ((end,),) = self.sql("UPDATE partition SET end = end - ? WHERE id = ? RETURNING end", records, partition)
@@ -286,7 +286,7 @@ class Site:
         return lost
 
     def replace(self, topic: str, offset: int, record: bytes) -> None:
-        assert not self.kafka_url, "Kafka replaces no record"
+        assert not self.place.is_kafka, "Kafka replaces no record"
         row = (self._partition(topic) << OFFSET_BITS) | offset
         self.sql("UPDATE record SET value = ? WHERE id = ?", record, row)
 
