@@ -7,9 +7,10 @@ keeps the before-value it had below the block. Nothing is written here: a block 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
+from operator import not_
 from typing import NamedTuple, TypeVar
 
 from pipeline.block import Block, BlockRef, Op, Ops
@@ -20,8 +21,6 @@ from pipeline.state import Reader, Schema, schema_named
 
 _IS_CREATE = bytes(code == Op.CREATE for code in range(256))
 _IS_DELETE = bytes(code == Op.DELETE for code in range(256))
-_CREATED_TWICE = "is created, but exists already"
-_DELETED_TWICE = "is deleted, but does not exist (spent before, or never there)"
 
 _T = TypeVar("_T")
 
@@ -58,6 +57,11 @@ def apply_block(block: Block, read: Reader) -> Applied:
     for name in sorted(block.tables):
         schema = schema_named(name)
         ops = block.tables[name]
+        plain = _apply_plain(schema, ops, block.ref, read)
+        if plain is not None:
+            tables[schema.table_id], places[schema.table_id] = plain
+            shared[schema.table_id] = frozenset()
+            continue
         keys = sorted(set(ops.keys))  # RocksDB answers ascending keys twice as fast
         storage_keys = schema.storage_keys(keys)
         stored = read(storage_keys)
@@ -71,6 +75,74 @@ def apply_block(block: Block, read: Reader) -> Applied:
         shared[schema.table_id] = _shared(netted, places[schema.table_id])
     whole = Diff(tables=tables)
     return Applied(diff=whole, effect=_effect(whole, places), shared=shared)
+
+
+def _apply_plain(schema: Schema, ops: Ops, ref: BlockRef, read: Reader) -> tuple[TableDiff, _Places] | None:
+    """A table's ops as columns, where their order does not matter: none is put, no two keys meet under a short key, and
+    what comes more than once comes and goes. That is nearly every block. None where it does not hold, or where an op
+    fails: the general way says which one."""
+    if not schema.is_short or ops.codes.count(Op.PUT):
+        return None
+    passing: list[bytes] = []
+    if len(set(ops.keys)) != len(ops.keys):
+        ops, often = _split_passing(ops)
+        passing = sorted(set(often.keys))
+        try:
+            stays = _run(schema, often, dict.fromkeys(passing), ref)
+        except BlockInvalid:
+            return None  # right or wrong by what stands in the state: not known here
+        if stays.count(None) != len(passing):
+            return None
+    if not ops.keys:
+        return None
+    values = dict(zip(compress(ops.keys, ops.codes.translate(_IS_CREATE)), ops.values, strict=True))
+    created = sorted(values)
+    deleted = sorted(compress(ops.keys, ops.codes.translate(_IS_DELETE)))
+    places = schema.storage_keys([*created, *deleted, *passing])
+    read_back = list(read(places))
+    count = len(created) + len(deleted)
+    storage_keys, stored = places[:count], read_back[:count]
+    if read_back[count:].count(None) != len(passing):
+        return None
+    start, stop = schema.short_at, schema.route_bytes
+    end = 1 + stop - start
+    befores = [
+        held[end:]
+        for key, held in zip(deleted, stored[len(created) :], strict=True)
+        if held is not None and held[0] == 1 and held[1:end] == key[start:stop]
+    ]
+    is_new = stored[: len(created)].count(None) == len(created)
+    if not is_new or len(befores) != len(deleted) or len(set(storage_keys)) != len(storage_keys):
+        return None
+    diff = TableDiff(
+        schema=schema,
+        created_keys=created,
+        created_values=list(map(values.__getitem__, created)),
+        updated_keys=[],
+        updated_befores=[],
+        updated_afters=[],
+        deleted_keys=deleted,
+        deleted_befores=befores,
+    )
+    return diff, _Places(storage_keys, stored, is_plain=True)
+
+
+def _split_passing(ops: Ops) -> tuple[Ops, Ops]:
+    """Ops without PUTs in two: of keys that come once, and of keys that come more often. Each in their order."""
+    seen: set[bytes] = set()
+    often = {key for key in ops.keys if key in seen or seen.add(key)}  # type: ignore[func-returns-value]
+    is_once = [key not in often for key in ops.keys]
+    has_value_once = list(compress(is_once, ops.codes.translate(_IS_CREATE)))
+    return _only(ops, is_once, has_value_once), _only(ops, map(not_, is_once), map(not_, has_value_once))
+
+
+def _only(ops: Ops, wanted: Iterable[bool], values_wanted: Iterable[bool]) -> Ops:
+    wanted = list(wanted)
+    return Ops(
+        codes=bytes(compress(ops.codes, wanted)),
+        keys=list(compress(ops.keys, wanted)),
+        values=list(compress(ops.values, values_wanted)),
+    )
 
 
 def apply_references(tables: Mapping[int, References], read: Reader) -> tuple[Diff, Effect]:
@@ -226,34 +298,17 @@ def _shared_writes(diff: TableDiff, place: _Places) -> Writes:
 
 def _run(schema: Schema, ops: Ops, after: dict[bytes, bytes | None], ref: BlockRef) -> list[bytes | None]:
     """The ops in their order over ``after``, which holds every key's value before; each key's value in the end."""
-    if len(after) == len(ops.keys) and not ops.codes.count(Op.PUT):
-        return _run_once_each(schema, ops, after, ref)
     values = iter(ops.values)
     create, delete = Op.CREATE.value, Op.DELETE.value
     for code, key in zip(ops.codes, ops.keys, strict=True):
         if code == delete:
             if after[key] is None:
-                raise _invalid(schema, key, ref, _DELETED_TWICE)
+                raise _invalid(schema, key, ref, "is deleted, but does not exist (spent before, or never there)")
             after[key] = None
         else:
             if code == create and after[key] is not None:
-                raise _invalid(schema, key, ref, _CREATED_TWICE)
+                raise _invalid(schema, key, ref, "is created, but exists already")
             after[key] = next(values)
-    return list(after.values())
-
-
-def _run_once_each(schema: Schema, ops: Ops, after: dict[bytes, bytes | None], ref: BlockRef) -> list[bytes | None]:
-    """`_run` where no key comes twice and none is put: order does not matter, so columns are run instead of ops."""
-    created = list(compress(ops.keys, ops.codes.translate(_IS_CREATE)))
-    deleted = list(compress(ops.keys, ops.codes.translate(_IS_DELETE)))
-    for key, value in zip(created, map(after.__getitem__, created), strict=True):
-        if value is not None:
-            raise _invalid(schema, key, ref, _CREATED_TWICE)
-    for key, value in zip(deleted, map(after.__getitem__, deleted), strict=True):
-        if value is None:
-            raise _invalid(schema, key, ref, _DELETED_TWICE)
-    after.update(zip(created, ops.values, strict=True))
-    after.update(dict.fromkeys(deleted))
     return list(after.values())
 
 
