@@ -30,6 +30,7 @@ _COMMANDS = {
     "frame": "topology.commands.frames:frames",
     "quarantine": "topology.commands.quarantine:quarantine",
     "generation": "topology.commands.generation:generation_group",
+    "topics": "topology.commands.topics:topics_group",
     "bench": "topology.bench.cli:bench",
     "demo": "topology.commands.demo:demo",
 }

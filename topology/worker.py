@@ -20,7 +20,7 @@ from pipeline.errors import Diverged, SettingsConflict, UsageError
 from pipeline.generation import FINALITY_DEFAULT, Opening
 from pipeline.objects import open_objects
 from pipeline.state import schema_named
-from topology import answers, base_state, logs, reads, topics
+from topology import answers, base_state, logs, reads, topic_check, topics
 from topology.app import Application
 from topology.archiver import Archiver
 from topology.control import ControlServer
@@ -80,6 +80,8 @@ async def _find_opening(
     if generation is None:
         return None
     topics.check_chain(settings.chain, generation.chain_id, settings.broker_url)
+    await topics.ensure_topics(broker, generation)
+    await topic_check.check(broker, generation, settings.topic_prefix)
     if role is Role.PRIMARY:
         asked = FINALITY_DEFAULT if settings.finality is None else settings.finality
         found: tuple[Opening, bytes] | None = await topics.ensure_opening(broker, generation, asked)

@@ -2,7 +2,7 @@
 
 Faust's agents read and write through a Faust transport. Everything beside the agents (a source that publishes
 events, a start that compares the log's last record with the store, ``status``, the creation of topics,
-retention) goes through ``Broker``: six calls, the same for every broker, so that no part of the system knows
+retention) goes through ``Broker``: a few calls, the same for every broker, so that no part of the system knows
 which one it has.
 
 ``StoredOffsets`` is the other half of the seam. The position of a partition is what its *store* says, never
@@ -57,6 +57,14 @@ class TopicSpec:
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopicFacts:
+    """A topic as the broker has it."""
+
+    partitions: int
+    config: Mapping[str, str]  # Kafka's names and values; empty where a broker has nothing to set
+
+
 class Broker(Protocol):
     """A log of topics and partitions.
 
@@ -76,6 +84,9 @@ class Broker(Protocol):
 
         Raises ``SettingsConflict`` if one exists with another number of partitions.
         """
+
+    async def describe(self, topic: str) -> TopicFacts:
+        """Return what the broker says of a topic. Raises ``NotFound``."""
 
     async def bounds(self, topic: str, partition: int) -> tuple[int, int]:
         """Return ``(first, end)``: the half-open range of offsets that can be read.

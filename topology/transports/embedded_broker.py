@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from topology.transports.base import Record, TopicSpec
+from pipeline.errors import NotFound
+from topology.transports.base import Record, TopicFacts, TopicSpec
 from topology.transports.sqlite_log import SqliteLog
 
 T = TypeVar("T")
@@ -29,6 +30,13 @@ class EmbeddedBroker:
     async def ensure_topics(self, specs: Sequence[TopicSpec]) -> None:
         """See ``Broker.ensure_topics``."""
         await self._off_loop(lambda: self._open_log().ensure_topics(specs))
+
+    async def describe(self, topic: str) -> TopicFacts:
+        """See ``Broker.describe``."""
+        known = await self._off_loop(lambda: self._open_log().topics())
+        if topic not in known:
+            raise NotFound(f"there is no topic {topic}", way_out="create the topic first")
+        return TopicFacts(partitions=known[topic], config={})
 
     async def bounds(self, topic: str, partition: int) -> tuple[int, int]:
         """See ``Broker.bounds``."""

@@ -14,24 +14,22 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
+from aiokafka.admin import RecordsToDelete
 from aiokafka.errors import (
     KafkaConnectionError,
     KafkaError,
     KafkaTimeoutError,
     LeaderNotAvailableError,
     OffsetOutOfRangeError,
-    TopicAlreadyExistsError,
     UnknownTopicOrPartitionError,
 )
-from aiokafka.errors import for_code as error_of
-from aiokafka.protocol.metadata import MetadataRequest
 
 from pipeline.errors import NotFound, OffsetOutOfRange, SettingsConflict, StateferryError, UsageError
 from topology.transports import kafka_address
-from topology.transports.base import RECORD_BYTES_MAX, Record, TopicSpec
+from topology.transports.base import RECORD_BYTES_MAX, Record, TopicFacts, TopicSpec
 from topology.transports.kafka_address import Address, check_reachable
-from topology.transports.kafka_appends import RECORD_SLACK_BYTES, Appends, producer_settings
+from topology.transports.kafka_appends import Appends, producer_settings
+from topology.transports.kafka_topics import Admin
 
 T = TypeVar("T")
 
@@ -40,30 +38,6 @@ REQUEST_TIMEOUT_S: Final = 30.0
 _RETRY_S: Final = 0.1
 _FETCH_WAIT_MS: Final = 50
 _FETCH_BYTES_MAX: Final = 4 << 20
-_BROKER_DEFAULT: Final = -1
-
-TOPIC_CONFIG: Final = {
-    "cleanup.policy": "delete",  # compaction would take frames out of the middle
-    "retention.ms": "-1",  # stateferry deletes records itself, once they are archived
-    "retention.bytes": "-1",
-    "max.message.bytes": str(RECORD_BYTES_MAX + RECORD_SLACK_BYTES),
-    "compression.type": "producer",  # as they come: frames and events are compressed
-}
-"""What every topic of ours is created with."""
-
-
-class Admin(AIOKafkaAdminClient):  # type: ignore[misc]
-    """aiokafka's admin client, and a look at a topic that does not create it."""
-
-    async def partitions(self, topic: str) -> int:
-        """How many partitions a topic has, with a leader each. Raises ``UnknownTopicOrPartitionError``, and errors
-        to try again after while the topic is being made."""
-        found = await self._send_request(MetadataRequest([topic], allow_auto_topic_creation=False))
-        (described,) = found.to_object()["topics"]
-        for code in (described["error_code"], *(each["error_code"] for each in described["partitions"])):
-            if code:
-                raise error_of(code)(topic)
-        return len(described["partitions"])
 
 
 class KafkaBroker:
@@ -108,17 +82,7 @@ class KafkaBroker:
             )
 
     async def _create(self, spec: TopicSpec) -> None:
-        topic = NewTopic(
-            name=spec.name,
-            num_partitions=spec.partitions,
-            replication_factor=_BROKER_DEFAULT,
-            replica_assignments={},
-            topic_configs=TOPIC_CONFIG,
-        )
-        created = await (await self._connected_admin()).create_topics([topic])
-        _, code, reason = created.topic_errors[0]
-        if code not in (0, TopicAlreadyExistsError.errno):
-            raise error_of(code)(reason)
+        await (await self._connected_admin()).create(spec)
 
     async def _count_made(self, topic: str) -> int:
         """Partitions of a topic that was made a moment ago: not every broker knows it yet."""
@@ -147,6 +111,15 @@ class KafkaBroker:
                 way_out="create the topic first, and check the partition's number",
             )
         return TopicPartition(topic, partition)
+
+    async def describe(self, topic: str) -> TopicFacts:
+        """See ``Broker.describe``."""
+        count = await self._count(topic)
+
+        async def look() -> TopicFacts:
+            return TopicFacts(partitions=count, config=await (await self._connected_admin()).config(topic))
+
+        return await self._ask(f"topic {topic}", look)
 
     # Records
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Final
 
 from pipeline.errors import UsageError
-from topology.transports.base import Broker, Record, TopicSpec
+from topology.transports.base import Broker, Record, TopicFacts, TopicSpec
 
 _PREFIX: Final = re.compile(r"[A-Za-z0-9._-]{0,100}")
 
@@ -32,6 +32,10 @@ class PrefixedBroker:
     async def ensure_topics(self, specs: Sequence[TopicSpec]) -> None:
         """See ``Broker.ensure_topics``."""
         await self._broker.ensure_topics([replace(spec, name=self._prefix + spec.name) for spec in specs])
+
+    async def describe(self, topic: str) -> TopicFacts:
+        """See ``Broker.describe``."""
+        return await self._broker.describe(self._prefix + topic)
 
     async def bounds(self, topic: str, partition: int) -> tuple[int, int]:
         """See ``Broker.bounds``."""

@@ -1,0 +1,75 @@
+"""Whether topics are as they must be: a broker that loses, drops or reorders frames is refused before anything flows.
+
+The rules are Kafka's settings by name. The embedded log has none, and passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from pipeline.errors import SettingsConflict
+from pipeline.generation import GENERATIONS_TOPIC, Generation
+from topology.transports.base import RECORD_BYTES_MAX, Broker, TopicFacts
+
+BATCH_HEADER_BYTES: Final = 1024
+"""More than a batch of one record takes above it."""
+_KEEPS: Final = {"retention.ms": "after that time", "retention.bytes": "above that size"}
+
+
+class Problem(NamedTuple):
+    """What is wrong with a topic, and the setting that mends it; empty: none does."""
+
+    topic: str
+    what: str
+    setting: str
+
+    def way_out(self, prefix: str) -> str:
+        """A command that mends it."""
+        if not self.setting:
+            return "this cannot be changed later: use another --topic-prefix, and ingest again"
+        return (
+            f"kafka-configs.sh --bootstrap-server HOST:PORT --alter --entity-type topics --entity-name "
+            f"{prefix}{self.topic} --add-config {self.setting}"
+        )
+
+
+def topics_of(generation: Generation | None) -> list[str]:
+    """Names of a chain's topics; before its first generation, those that it will have."""
+    if generation is None:
+        generation = Generation(generation=bytes(16), chain_id="")
+    return [GENERATIONS_TOPIC, generation.blocks_topic, generation.diffs_topic]
+
+
+def problems_of(topic: str, facts: TopicFacts) -> list[Problem]:
+    """Everything that would lose or reorder records of a topic."""
+    found = []
+    config = facts.config
+    if facts.partitions != 1:
+        found.append(Problem(topic, f"has {facts.partitions} partitions, and order needs exactly one", ""))
+    if config.get("cleanup.policy", "delete") != "delete":
+        what = f"is cleaned up by {config['cleanup.policy']}, which takes records out of the middle"
+        found.append(Problem(topic, what, "cleanup.policy=delete"))
+    for setting, when in _KEEPS.items():
+        if config.get(setting, "-1") != "-1":
+            what = f"has {setting}={config[setting]}: the broker deletes records {when}, archived or not"
+            found.append(Problem(topic, what, f"{setting}=-1"))
+    needed = RECORD_BYTES_MAX + BATCH_HEADER_BYTES
+    if int(config.get("max.message.bytes", needed)) < needed:
+        what = f"takes no record above {config['max.message.bytes']} bytes, and ours have up to {RECORD_BYTES_MAX}"
+        found.append(Problem(topic, what, f"max.message.bytes={needed}"))
+    return found
+
+
+async def problems(broker: Broker, names: Sequence[str]) -> list[Problem]:
+    """Of several topics. Raises NotFound for one that is not there."""
+    return [problem for name in names for problem in problems_of(name, await broker.describe(name))]
+
+
+async def check(broker: Broker, generation: Generation, prefix: str) -> None:
+    """Raises SettingsConflict for topics that nothing should be written to."""
+    for problem in await problems(broker, topics_of(generation)):
+        raise SettingsConflict(
+            f"topic {prefix}{problem.topic} {problem.what}",
+            way_out=problem.way_out(prefix),
+        )

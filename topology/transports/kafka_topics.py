@@ -1,0 +1,62 @@
+"""Topics of a Kafka cluster: how ours are made, and how one is looked at without making it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import TopicAlreadyExistsError
+from aiokafka.errors import for_code as error_of
+from aiokafka.protocol.metadata import MetadataRequest
+
+from topology.transports.base import RECORD_BYTES_MAX, TopicSpec
+from topology.transports.kafka_appends import RECORD_SLACK_BYTES
+
+MESSAGE_BYTES_MAX: Final = RECORD_BYTES_MAX + RECORD_SLACK_BYTES
+TOPIC_CONFIG: Final = {
+    "cleanup.policy": "delete",  # compaction would take frames out of the middle
+    "retention.ms": "-1",  # stateferry deletes records itself, once they are archived
+    "retention.bytes": "-1",
+    "max.message.bytes": str(MESSAGE_BYTES_MAX),
+    "compression.type": "producer",  # as they come: frames and events are compressed
+}
+"""What every topic of ours is created with."""
+_BROKER_DEFAULT: Final = -1
+
+
+class Admin(AIOKafkaAdminClient):  # type: ignore[misc]
+    """aiokafka's admin client, with the three calls that we need of it."""
+
+    async def partitions(self, topic: str) -> int:
+        """How many partitions a topic has, with a leader each. Raises ``UnknownTopicOrPartitionError``, and errors
+        to try again after while the topic is being made."""
+        found = await self._send_request(MetadataRequest([topic], allow_auto_topic_creation=False))
+        (described,) = found.to_object()["topics"]
+        for code in (described["error_code"], *(each["error_code"] for each in described["partitions"])):
+            if code:
+                raise error_of(code)(topic)
+        return len(described["partitions"])
+
+    async def create(self, spec: TopicSpec) -> None:
+        """Create a topic, unless somebody else just did."""
+        topic = NewTopic(
+            name=spec.name,
+            num_partitions=spec.partitions,
+            replication_factor=_BROKER_DEFAULT,
+            replica_assignments={},
+            topic_configs=TOPIC_CONFIG,
+        )
+        created = await self.create_topics([topic])
+        _, code, reason = created.topic_errors[0]
+        if code not in (0, TopicAlreadyExistsError.errno):
+            raise error_of(code)(reason)
+
+    async def config(self, topic: str) -> Mapping[str, str]:
+        """All settings of a topic, those that it has by default included."""
+        (found,) = await self.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
+        code, reason, _, _, entries = found.resources[0]
+        if code:
+            raise error_of(code)(reason)
+        return {name: value or "" for name, value, *_ in entries}
