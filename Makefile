@@ -5,6 +5,8 @@ PYTHON ?=
 JOBS ?= auto
 POINTS ?= 240
 SEED ?= 1
+BROKER ?=
+KAFKA ?= 4.3.1
 
 BIN := $(VENV)/bin
 RUN := $(VENV)/.installed
@@ -12,13 +14,16 @@ DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench torture golden clean
+.PHONY: help demo kafka test lint format bench torture golden clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(RUN) ## a primary and two replicas ferry real blocks on this machine, and prove it: a minute
-	$(BIN)/stateferry demo
+demo: $(RUN) ## a primary and two replicas ferry real blocks, and prove it: a minute (BROKER=kafka://... for Kafka)
+	$(BIN)/stateferry demo $(if $(BROKER),--broker $(BROKER))
+
+kafka: $(RUN) ## a Kafka broker on loopback to play with, until Ctrl-C (KAFKA=3.9.1; needs java and mvn)
+	$(BIN)/python -m tests.kafka.server --version $(KAFKA)
 
 test: $(DEV) ## the whole suite, on all cores (JOBS=2 for two)
 	$(BIN)/pytest -n $(JOBS) --maxprocesses 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import shlex
 import shutil
 import signal
@@ -11,13 +12,14 @@ from pathlib import Path
 
 import click
 
-from pipeline.errors import Diverged
+from pipeline.errors import BrokerUrlError, Diverged
 from topology import logs
 from topology.commands.common import emit
 from topology.demo import walk
 from topology.demo.facts import NODES, Facts
 from topology.demo.screen import Screen, table
 from topology.demo.walk import Plan
+from topology.transports.factory import is_kafka
 
 
 @click.command()
@@ -39,15 +41,26 @@ from topology.demo.walk import Plan
     "--blocks", type=click.IntRange(walk.BLOCKS_MIN), default=400, show_default=True, help="Synthetic ones on top."
 )
 @click.option("--changes", type=click.IntRange(2), default=2000, show_default=True, help="Of each synthetic block.")
+@click.option("--broker", metavar="URL", default="", help="A Kafka broker. [default: an embedded log in the directory]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def demo(data_dir: Path, mainnet: Path, blocks: int, changes: int, as_json: bool) -> None:
+def demo(data_dir: Path, mainnet: Path, blocks: int, changes: int, broker: str, as_json: bool) -> None:
     """Ferry real blocks from a primary to two replicas, and compare what they hold.
 
-    Three workers and an embedded log on this machine: mainnet blocks 0 to 599, a heavier synthetic chain on top with a
-    reorg in it, a snapshot, a replica restored from it. Ends with 3 if anything does not agree.
+    Three workers on this machine, and an embedded log or Kafka between them: mainnet blocks 0 to 599, a heavier
+    synthetic chain on top with a reorg in it, a snapshot, a replica restored from it. Ends with 3 if anything does not
+    agree.
     """
     logs.configure(verbose=False)
-    plan = Plan(folder=data_dir.absolute(), mainnet=mainnet, blocks=blocks, changes=changes)
+    if broker and not is_kafka(broker):
+        raise BrokerUrlError("the demo has an embedded log of its own", where=broker, way_out="name kafka://host:port")
+    plan = Plan(
+        folder=data_dir.absolute(),
+        mainnet=mainnet,
+        blocks=blocks,
+        changes=changes,
+        kafka_url=broker,
+        topic_prefix=f"demo-{secrets.token_hex(3)}." if broker else "",
+    )
     screen = Screen()
     try:
         facts = asyncio.run(_run(plan, screen))

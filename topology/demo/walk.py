@@ -43,14 +43,25 @@ class Plan:
     mainnet: Path
     blocks: int  # of the synthetic chain
     changes: int  # of each of its blocks
+    kafka_url: str = ""  # empty: an embedded log in the folder
+    topic_prefix: str = ""
 
     @property
     def broker(self) -> str:
-        return f"embedded://{self.folder}/log.sqlite"
+        return self.kafka_url or f"embedded://{self.folder}/log.sqlite"
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Settings of all nodes."""
+        return {"broker": self.broker, "topic_prefix": self.topic_prefix, "objects": self.objects}
 
     @property
     def objects(self) -> str:
         return f"file://{self.folder}/objects"
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return tuple(word for name, value in self.places.items() for word in (f"--{name.replace('_', '-')}", value))
 
     @property
     def config(self) -> Path:
@@ -87,7 +98,7 @@ def empty(plan: Plan, owned: DataDir) -> None:
         else:
             path.unlink()
     (plan.folder / _MARK).write_text("made by stateferry demo, which empties this folder at every start\n")
-    plan.config.write_text(f"broker = {json.dumps(plan.broker)}\nobjects = {json.dumps(plan.objects)}\n")
+    plan.config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in plan.places.items()))
 
 
 async def run(plan: Plan, screen: Screen) -> Facts:
@@ -108,7 +119,7 @@ class _Demo:
         self.screen = screen
         self.processes = Processes(plan.folder)
         self.workers: dict[str, Worker] = {}
-        self.broker = open_broker(plan.broker)
+        self.broker = open_broker(plan.broker, plan.topic_prefix)
         self.tasks: list[asyncio.Task[Any]] = []
         expected = json.loads((plan.mainnet / "expected_final.json").read_text())
         self.facts = Facts(
@@ -258,11 +269,11 @@ class _Demo:
     # Means
 
     async def start(self, name: str, role: str, *arguments: str) -> None:
-        given = ("--broker", self.plan.broker, "--objects", self.plan.objects, *arguments)
+        given = (*self.plan.options, *arguments)
         self.workers[name] = await self.processes.start(name, self.plan.data_dir(name), "--role", role, *given)
 
     async def command(self, *arguments: str) -> dict[str, Any]:
-        given = ("--broker", self.plan.broker, "--objects", self.plan.objects)
+        given = self.plan.options
         return await self.processes.command(*arguments, *given)
 
     async def root(self, name: str) -> dict[str, Any]:
