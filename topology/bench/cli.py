@@ -99,14 +99,18 @@ def reads(keys: int | None, lookups: int | None, quick: bool, as_json: bool) -> 
 @click.option("--blocks", type=click.IntRange(10), help="Blocks of each row.", show_default="200")
 @click.option("--changes", "sizes", type=click.IntRange(2), multiple=True, help="Changes a block.", show_default="5000")
 @click.option("--tip-blocks", type=click.IntRange(5), help="Blocks at the tip, 100 ms apart.", show_default="100")
+@click.option("--broker", metavar="URL", default="", help="A Kafka broker. [default: an embedded log of its own]")
 @_common
-def pipeline(blocks: int | None, sizes: tuple[int, ...], tip_blocks: int | None, quick: bool, as_json: bool) -> None:
-    """Source, primary and replica as real processes on the embedded log."""
+def pipeline(
+    blocks: int | None, sizes: tuple[int, ...], tip_blocks: int | None, broker: str, quick: bool, as_json: bool
+) -> None:
+    """Source, primary and replica as real processes, on the embedded log or Kafka."""
     rows = pipeline_bench.run(
         blocks=blocks or (20 if quick else pipeline_bench.BLOCKS),
         sizes=sizes or ((1_000,) if quick else pipeline_bench.SIZES),
         tip_blocks=tip_blocks or (10 if quick else pipeline_bench.TIP_BLOCKS),
         tip_changes=500 if quick else pipeline_bench.TIP_CHANGES,
+        broker=broker,
     )
     report.show("bench pipeline", rows, as_json=as_json)
 

@@ -1,8 +1,8 @@
 """`bench pipeline`: the whole of it, in the processes that users run, against `bench apply` of the same blocks.
 
 A source publishes synthetic blocks; a primary (`run --role primary`) applies them through Faust's agents, produces
-frames, reads them back and commits; then a replica (`run --role replica`) follows the frames. Broker: the embedded log,
-on this machine's disk. The rows `primary-N` and `replica-N` count changes from the first commit to the last, as the
+frames, reads them back and commits; then a replica (`run --role replica`) follows the frames. Broker: Kafka, or the
+embedded log on this machine's disk. The rows `primary-N` and `replica-N` count changes from the first commit to the last, as the
 node's own log has them; `startup_s` is from the start of the process to the first commit. The baseline `apply-N` is the
 same work without a broker, once before them and once after.
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import statistics
 import subprocess
 import sys
@@ -48,6 +49,24 @@ _TURN_BLOCKS = 10
 _PATIENCE_S = 300.0
 
 
+class Place(NamedTuple):
+    """Where the topics of one row are."""
+
+    url: str
+    prefix: str
+
+    @property
+    def options(self) -> list[str]:
+        return ["--broker", self.url, "--topic-prefix", self.prefix]
+
+
+def _place(broker: str, folder: Path) -> Place:
+    """Topics that nobody used before, on a broker; without one, on an embedded log in a folder."""
+    if broker:
+        return Place(broker, f"bench-{secrets.token_hex(4)}.")
+    return Place(f"embedded://{folder}/log.sqlite", "")
+
+
 class Commit(NamedTuple):
     """A line of a node's log."""
 
@@ -59,7 +78,7 @@ class Commit(NamedTuple):
 class Node:
     """A worker process and what it says it commits."""
 
-    def __init__(self, role: str, data_dir: Path, log: Path, *until: str) -> None:
+    def __init__(self, role: str, data_dir: Path, place: Place, *until: str) -> None:
         self.role = role
         self.commits: list[Commit] = []
         self.peak_rss_mb = 0.0
@@ -73,7 +92,7 @@ class Node:
             role,
             "--verbose",
             *until,
-            *_places(data_dir, log),
+            *_places(data_dir, place),
         ]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         self._other_lines: list[str] = []
@@ -127,42 +146,47 @@ class Node:
 
 
 @contextmanager
-def running(role: str, data_dir: Path, log: Path, *until: str) -> Iterator[Node]:
-    node = Node(role, data_dir, log, *until)
+def running(role: str, data_dir: Path, place: Place, *until: str) -> Iterator[Node]:
+    node = Node(role, data_dir, place, *until)
     try:
         yield node
     finally:
         node.end()
 
 
-def _places(data_dir: Path, log: Path) -> list[str]:
-    return ["--data-dir", str(data_dir), "--broker", f"embedded://{log}", "--json"]
+def _places(data_dir: Path, place: Place) -> list[str]:
+    return ["--data-dir", str(data_dir), *place.options, "--json"]
 
 
-def _ingest(data_dir: Path, log: Path, blocks: int, changes: int, *more: str) -> None:
+def _ingest(data_dir: Path, place: Place, blocks: int, changes: int, *more: str) -> None:
     sizes = ["--blocks", str(blocks), "--changes", str(changes), *more]
-    command = [sys.executable, "-m", "topology", "ingest", "synthetic", *sizes, *_places(data_dir, log)]
+    command = [sys.executable, "-m", "topology", "ingest", "synthetic", *sizes, *_places(data_dir, place)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def run(
-    *, blocks: int = BLOCKS, sizes: Sequence[int] = SIZES, tip_blocks: int = TIP_BLOCKS, tip_changes: int = TIP_CHANGES
+    *,
+    blocks: int = BLOCKS,
+    sizes: Sequence[int] = SIZES,
+    tip_blocks: int = TIP_BLOCKS,
+    tip_changes: int = TIP_CHANGES,
+    broker: str = "",
 ) -> list[Row]:
     rows: list[Row] = []
     for changes in sizes:
-        rows += _throughput(blocks, changes)
-    return [*rows, _tip(tip_blocks, tip_changes)]
+        rows += _throughput(blocks, changes, broker)
+    return [*rows, _tip(tip_blocks, tip_changes, broker)]
 
 
-def _throughput(blocks: int, changes: int) -> list[Row]:
+def _throughput(blocks: int, changes: int, broker: str) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="stateferry-bench-") as name:
         folder = Path(name)
-        log = folder / "log.sqlite"
-        _ingest(folder / "source", log, blocks, changes)
+        place = _place(broker, folder)
+        _ingest(folder / "source", place, blocks, changes)
         apply_s, apply_mb = _apply_alone(blocks, changes)
         nodes = []
         for role in ("primary", "replica"):
-            with running(role, folder / role, log, "--until-idle") as node:
+            with running(role, folder / role, place, "--until-idle") as node:
                 node.finish()
             assert sum(commit.changes for commit in node.commits) == blocks * changes, node.commits[-1:]
             nodes.append(node)
@@ -205,23 +229,23 @@ def _apply_alone(blocks: int, changes: int) -> tuple[float, float]:
     return total_s, rss_mb
 
 
-def _tip(blocks: int, changes: int) -> Row:
+def _tip(blocks: int, changes: int, broker: str) -> Row:
     with tempfile.TemporaryDirectory(prefix="stateferry-bench-") as name:
         folder = Path(name)
-        log, source = folder / "log.sqlite", folder / "source"
-        _ingest(source, log, _TIP_FIRST_BLOCKS, changes)
+        place, source = _place(broker, folder), folder / "source"
+        _ingest(source, place, _TIP_FIRST_BLOCKS, changes)
         first, last = _TIP_FIRST_BLOCKS, _TIP_FIRST_BLOCKS + blocks - 1
         with (
-            running("primary", folder / "primary", log) as primary,
-            running("replica", folder / "replica", log) as replica,
+            running("primary", folder / "primary", place) as primary,
+            running("replica", folder / "replica", place) as replica,
         ):
             primary.wait_for(first - 1)
             replica.wait_for(first - 1)
             parent = str(first - 1)
-            _ingest(source, log, blocks, changes, "--from-height", parent, "--interval-s", str(_TIP_INTERVAL_S))
+            _ingest(source, place, blocks, changes, "--from-height", parent, "--interval-s", str(_TIP_INTERVAL_S))
             replica.wait_for(last)
             primary.wait_for(last)
-        published = asyncio.run(_published(log))
+        published = asyncio.run(_published(place))
     seen_ms = {"primary": _lags_ms(primary, published, first), "replica": _lags_ms(replica, published, first)}
     return Row(
         name=f"tip-{changes}",
@@ -234,9 +258,9 @@ def _tip(blocks: int, changes: int) -> Row:
     )
 
 
-async def _published(log: Path) -> dict[int, float]:
+async def _published(place: Place) -> dict[int, float]:
     """When each height's event was handed to the log, Unix time."""
-    broker = open_broker(f"embedded://{log}")
+    broker = open_broker(place.url, place.prefix)
     try:
         generation = await topics.current_generation(broker)
         assert generation is not None
