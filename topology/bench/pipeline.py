@@ -2,9 +2,9 @@
 
 A source publishes synthetic blocks; a primary (`run --role primary`) applies them through Faust's agents, produces
 frames, reads them back and commits; then a replica (`run --role replica`) follows the frames. Broker: Kafka, or the
-embedded log on this machine's disk. The rows `primary-N` and `replica-N` count changes from the first commit to the last, as the
-node's own log has them; `startup_s` is from the start of the process to the first commit. The baseline `apply-N` is the
-same work without a broker, once before them and once after.
+embedded log on this machine's disk. The rows `primary-N` and `replica-N` count changes from the first commit to the
+last, as the node's own log has them; `startup_s` is from the start of the process to the first commit. The baseline
+`apply-N` is the same work without a broker, once before them and once after.
 
 The row `tip-N` is what a reader sees at the tip of a chain: one block every 100 ms, and the time from the moment at
 which its event was handed to the log to the moment at which the replica had committed it, with source, primary and
