@@ -12,8 +12,8 @@ import json
 import os
 import secrets
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def shared_server(folder: Path, version: str) -> Iterator[str]:
         fcntl.flock(starting, fcntl.LOCK_EX)
         fcntl.flock(users, fcntl.LOCK_SH)
         if not state.exists():
-            server = Server(folder / "broker", version)
+            server = Server(folder / secrets.token_hex(4), version)
             server.start()
             assert server.process is not None
             state.write_text(json.dumps({"bootstrap": server.bootstrap, "pid": server.process.pid}))
@@ -93,28 +93,35 @@ def server_folder(factory: pytest.TempPathFactory, version: str) -> Path:
     return (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / f"kafka-{version}"
 
 
+@pytest.fixture(scope="session")
+def kafka_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """Gives the URL of a version's broker, which is started when it is first asked for."""
+    urls: dict[str, str] = {}
+    with ExitStack() as running:
+
+        def url_of(name: str) -> str:
+            if os.environ.get("KAFKA_BOOTSTRAP"):
+                return f"kafka://{os.environ['KAFKA_BOOTSTRAP']}"
+            if name not in urls:
+                need_tools()
+                version = name.removeprefix("kafka-")
+                server = shared_server(server_folder(tmp_path_factory, version), version)
+                urls[name] = f"kafka://{running.enter_context(server)}"
+            return urls[name]
+
+        yield url_of
+
+
 @pytest.fixture(scope="session", params=[EMBEDDED, *kafka_names()])
-def broker_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def broker_server(request: pytest.FixtureRequest, kafka_servers: Callable[[str], str]) -> str:
     """URL of a broker that takes any number of prefixes; empty for the embedded log, which is a file of each test."""
-    yield from _served(request.param, tmp_path_factory)
+    return "" if request.param == EMBEDDED else kafka_servers(request.param)
 
 
 @pytest.fixture(scope="session", params=kafka_names())
-def kafka_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def kafka_server(request: pytest.FixtureRequest, kafka_servers: Callable[[str], str]) -> str:
     """URL of a Kafka broker."""
-    yield from _served(request.param, tmp_path_factory)
-
-
-def _served(name: str, factory: pytest.TempPathFactory) -> Iterator[str]:
-    version = name.removeprefix("kafka-")
-    if name == EMBEDDED:
-        yield ""
-    elif os.environ.get("KAFKA_BOOTSTRAP"):
-        yield f"kafka://{os.environ['KAFKA_BOOTSTRAP']}"
-    else:
-        need_tools()
-        with shared_server(server_folder(factory, version), version) as bootstrap:
-            yield f"kafka://{bootstrap}"
+    return kafka_servers(request.param)
 
 
 @pytest.fixture

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.topology.commands import Site
 
 
-@pytest.fixture
-def each_broker(broker_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sites of this test have their topics on the embedded log, then on every Kafka."""
-    monkeypatch.setattr(Site, "kafka_url", broker_server)
+@pytest.fixture(scope="module")
+def each_broker(broker_server: str) -> Iterator[None]:
+    """Sites of this module have their topics on the embedded log, then on every Kafka."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Site, "kafka_url", broker_server)
+        yield
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from pipeline.errors import BlockCorrupt, BlockOrphan, NotFound, SettingsConflic
 from tests.chains import base_coins_path, block_files, expected, load_blocks, write_hex_lines
 from tests.topology.commands import Site
 
+pytestmark = pytest.mark.usefixtures("each_broker")
+
 FILE = block_files("mainnet_0_599")[0]
 RAWS = load_blocks("mainnet_0_599")[:300]
 MUHASH = [entry["muhash"] for entry in expected("mainnet_0_599")]

@@ -23,12 +23,14 @@ from tests.chains import block_files
 from tests.topology.commands import Site, same_state
 from tests.topology.forge import Source, coin_key, coin_name, ops
 
+pytestmark = pytest.mark.usefixtures("each_broker")
+
 LATEST = 4  # height of the base site
 ONE, TWO = coin_key(1), coin_key(2)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Site:
+def base(each_broker: None, tmp_path_factory: pytest.TempPathFactory) -> Site:
     """Five blocks, at both nodes."""
     site = Site(tmp_path_factory.mktemp("base") / "site")
     site.ingest(*block_files("reorg_btcd", "main"))

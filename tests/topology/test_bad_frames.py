@@ -32,13 +32,15 @@ from tests.chains import expected, load_blocks, write_hex_lines
 from tests.topology.commands import Site, same_state
 from tests.topology.forge import REQUIRED_AT, VERSION_AT, changed, patched, with_body
 
+pytestmark = pytest.mark.usefixtures("each_broker")
+
 NAME = "regtest_core_getblockstats"
 AT = 101  # height of the replica in the base site; the block on top of it has several transactions
 FINALITY = 10
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Site:
+def base(each_broker: None, tmp_path_factory: pytest.TempPathFactory) -> Site:
     """A primary at the end of its chain with a snapshot, a replica two blocks below."""
     folder = tmp_path_factory.mktemp("base")
     site = Site(folder / "site")

@@ -10,13 +10,15 @@ from pipeline.errors import NotFound, RewindTooDeep, WrongChain
 from tests.chains import block_files, expected, load_blocks, write_hex_lines
 from tests.topology.commands import Site, same_state
 
+pytestmark = pytest.mark.usefixtures("each_broker")
+
 NAME = "reorg_floresta"
 FORK, A_END, B_END = 5, 10, 16
 FINALITY = 3
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Site:
+def stopped(each_broker: None, tmp_path_factory: pytest.TempPathFactory) -> Site:
     """A and then B were published; both nodes hold A, whose final height is above the fork."""
     folder = tmp_path_factory.mktemp("stopped")
     site = Site(folder / "site")

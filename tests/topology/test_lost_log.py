@@ -11,13 +11,15 @@ from pipeline.errors import LogLost, WalkInvalid
 from tests.chains import block_files, expected, load_blocks, write_hex_lines
 from tests.topology.commands import Site, same_state
 
+pytestmark = pytest.mark.usefixtures("each_broker")
+
 NAME = "regtest_core_getblockstats"
 END = 103
 FINALITY = 20
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Site:
+def base(each_broker: None, tmp_path_factory: pytest.TempPathFactory) -> Site:
     """Primary and replica at the end of a chain: 104 frames, the EPOCHs of three reigns between them."""
     folder = tmp_path_factory.mktemp("base")
     site = Site(folder / "site")

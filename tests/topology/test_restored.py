@@ -11,12 +11,14 @@ from pipeline.stores.base import Batch
 from tests.chains import block_files, expected
 from tests.topology.commands import Site, same_state
 
+pytestmark = pytest.mark.usefixtures("each_broker")
+
 STEPS = expected("mainnet_0_599")
 FINAL = 499
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Site:
+def base(each_broker: None, tmp_path_factory: pytest.TempPathFactory) -> Site:
     """A primary at height 599 with a snapshot, and a claimed restore of it."""
     site = Site(tmp_path_factory.mktemp("base") / "site")
     site.ingest(*block_files("mainnet_0_599"))

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
+from aiokafka.admin import AIOKafkaAdminClient
+
 from tests.kafka.fixtures import Place
 from topology.transports.base import Record, TopicSpec
 from topology.transports.factory import open_broker
@@ -20,6 +22,7 @@ class Log:
     """A ``Broker`` on an event loop of its own."""
 
     def __init__(self, place: Place) -> None:
+        self._place = place
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
@@ -48,6 +51,26 @@ class Log:
 
     def delete_records(self, topic: str, partition: int, before_offset: int) -> None:
         self._wait(self._broker.delete_records(topic, partition, before_offset))
+
+    def remake(self, topic: str, records: Sequence[tuple[bytes | None, bytes]]) -> None:
+        """Delete a topic of Kafka and make it anew with these records, from offset 0 on."""
+
+        async def delete() -> None:
+            admin = AIOKafkaAdminClient(bootstrap_servers=self._place.url.removeprefix("kafka://"))
+            await admin.start()
+            name = self._place.prefix + topic
+            await admin.delete_topics([name])
+            while name in await admin.list_topics():
+                await asyncio.sleep(0.02)
+            await admin.close()
+
+        self._wait(delete())
+        other = Log(self._place)  # this one remembers the topic
+        try:
+            other.ensure_topics([TopicSpec(name=topic, partitions=1)])
+            other.append(topic, 0, records)
+        finally:
+            other.close()
 
     def close(self) -> None:
         self._wait(self._broker.close())
