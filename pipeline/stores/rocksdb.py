@@ -5,8 +5,8 @@ kernel has the bytes. After a power cut the store may be some batches older than
 what it was told, and never torn between column families, as all three share one write-ahead log. The log decides, so
 an older store simply reads on. `flush` syncs; snapshots and restores call it before they publish anything.
 
-**Memory.** Memtables: state 2 x 24 MiB, undo 2 x 8 MiB, meta 2 x 1 MiB; one block cache of 32 MiB holds blocks, index
-and filter blocks of all families: 98 MiB at most. Options are those measured in `stateferry bench apply`: full bloom
+**Memory.** Memtables: state 2 x 24 MiB, undo 2 x 8 MiB, meta 2 x 1 MiB; one block cache of 32 MiB for all families: 98
+MiB at most. Filters and indexes of open files come on top, some 2 bytes a key. Options are those measured in `stateferry bench apply`: full bloom
 filters of 10 bits (a miss is answered without a disk read), hash index inside data blocks, memtable bloom, no
 compression (values are hashes), dynamic levels.
 """
@@ -58,8 +58,9 @@ def state_options(memtable_bytes: int = _STATE_MEMTABLE_BYTES, cache: Cache | No
     table.set_format_version(5)
     if cache is not None:
         table.set_block_cache(cache)
-        table.set_cache_index_and_filter_blocks(True)
-        table.set_pin_l0_filter_and_index_blocks_in_cache(True)
+        # Filters and indexes stay with their open files: a filter is larger than a shard of a small cache, which would
+        # then read it again for every lookup.
+        table.set_cache_index_and_filter_blocks(False)
     options = Options(raw_mode=True)
     options.create_if_missing(True)
     options.create_missing_column_families(True)
