@@ -5,10 +5,10 @@ kernel has the bytes. After a power cut the store may be some batches older than
 what it was told, and never torn between column families, as all three share one write-ahead log. The log decides, so
 an older store simply reads on. `flush` syncs; snapshots and restores call it before they publish anything.
 
-**Memory.** Memtables: state 2 x 24 MiB, undo 2 x 8 MiB, meta 2 x 1 MiB; one block cache of 32 MiB for all families: 98
-MiB at most. Filters and indexes of open files come on top, some 2 bytes a key. Options are those measured in `stateferry bench apply`: full bloom
-filters of 10 bits (a miss is answered without a disk read), hash index inside data blocks, memtable bloom, no
-compression (values are hashes), dynamic levels.
+**Memory.** Memtables: state 2 x 24 MiB, undo 2 x 8 MiB, meta 2 x 1 MiB; one block cache of 32 MiB for all families:
+98 MiB at most. Filters and indexes of open files come on top, some 2 bytes a key. Options are those measured in
+`stateferry bench apply`: full bloom filters of 10 bits (a miss is answered without a disk read), hash index inside data
+blocks, memtable bloom, no compression (values are hashes), dynamic levels.
 """
 
 from __future__ import annotations
