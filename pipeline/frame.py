@@ -30,10 +30,7 @@ from pipeline.errors import FrameCorrupt, Unsupported
 MAGIC = b"SFfr"
 VERSION = 1
 FRAME_BYTES_MAX = 256 << 20
-ID_BYTES = 32
 NO_HASH = bytes(32)
-DIGEST_BYTES = 32
-"""A record's digest: BLAKE3-256 of its value."""
 
 _ID_TAG = b"stateferry/frame/1"
 

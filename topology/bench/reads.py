@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -63,7 +64,7 @@ def _writes(keys: list[bytes], values: list[bytes]) -> dict[bytes, bytes | None]
     return dict(zip(UTXO.storage_keys(keys), stored, strict=True))
 
 
-class _Reader:
+class _Reader(ABC):
     """Asked with (whole keys, keys at once), it answers with the seconds and how many were found; with None, with
     its peak memory."""
 
@@ -78,11 +79,13 @@ class _Reader:
             found += at_once - find(batch).count(None)
         return time.perf_counter() - start, found
 
+    @abstractmethod
     def prepare(self, batches: list[list[bytes]]) -> list[list[bytes]]:
-        raise NotImplementedError
+        """What `find` will be given, made before the clock runs."""
 
+    @abstractmethod
     def find(self, keys: list[bytes]) -> list[bytes | None]:
-        raise NotImplementedError
+        """One lookup, timed."""
 
 
 class StoreReader(_Reader):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,8 +21,11 @@ from topology import control, logs, settings, topics
 from topology.data_dir import DataDir
 from topology.reads import View
 from topology.settings import Settings
+from topology.transports.base import Broker
+from topology.transports.factory import open_broker
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Answer = TypeVar("Answer")
 
 console = Console(stderr=True)
 """Progress and words go to stderr; stdout is for results."""
@@ -82,6 +86,19 @@ def _word(value: Any) -> str:
 def ask_worker(given: Settings, request: dict[str, Any]) -> Any:
     """The answer of the worker that owns the data directory; None if there is none."""
     return control.ask(DataDir(given.data_dir).socket_path, request)
+
+
+def ask_broker(given: Settings, work: Callable[[Broker], Awaitable[Answer]]) -> Answer:
+    """What ``work`` answers of the broker, which is open meanwhile."""
+
+    async def main() -> Answer:
+        broker = open_broker(given.broker_url, given.topic_prefix)
+        try:
+            return await work(broker)
+        finally:
+            await broker.close()
+
+    return asyncio.run(main())
 
 
 @contextlib.contextmanager

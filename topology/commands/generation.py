@@ -16,10 +16,9 @@ from pipeline.position import NO_WRITER, Meta
 from pipeline.replica import reign
 from pipeline.snapshot import Manifest
 from topology import base_state, topics
-from topology.commands.common import common_options, emit, rows
+from topology.commands.common import ask_broker, common_options, emit, rows
 from topology.settings import Settings
 from topology.transports.base import Broker
-from topology.transports.factory import open_broker
 
 
 @click.group("generation")
@@ -38,7 +37,8 @@ def show(settings: Settings, as_json: bool) -> None:
             raise NotFound("there is no generation on this broker yet", way_out="publish blocks: `stateferry ingest`")
         return _document(found)
 
-    _run(settings, work, as_json=as_json)
+    document = ask_broker(settings, work)
+    emit(document, as_json=as_json, text=lambda: rows(document))
 
 
 @generation_group.command("new")
@@ -61,7 +61,8 @@ def new(settings: Settings, height: int | None, as_json: bool) -> None:
         begun = await _begin(broker, objects, ended, manifest)
         return _document(begun) | {"ended": ended.generation.hex(), "from_manifest": manifest.name}
 
-    _run(settings, work, as_json=as_json)
+    document = ask_broker(settings, work)
+    emit(document, as_json=as_json, text=lambda: rows(document))
 
 
 async def _begin(broker: Broker, objects: ObjectStore, ended: Generation, manifest: Manifest) -> Generation:
@@ -111,16 +112,3 @@ def _document(found: Generation) -> dict[str, Any]:
         "blocks_topic": found.blocks_topic,
         "diffs_topic": found.diffs_topic,
     }
-
-
-def _run(settings: Settings, work: Any, *, as_json: bool) -> None:
-    async def main() -> dict[str, Any]:
-        broker = open_broker(settings.broker_url, settings.topic_prefix)
-        try:
-            result: dict[str, Any] = await work(broker)
-            return result
-        finally:
-            await broker.close()
-
-    document = asyncio.run(main())
-    emit(document, as_json=as_json, text=lambda: rows(document))

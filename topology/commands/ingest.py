@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ from pipeline.generation import FINALITY_DEFAULT, Generation
 from pipeline.objects import open_objects
 from pipeline.sources import bitcoin, bitcoin_files, synthetic
 from topology import base_state, snapshotter, source, topics
-from topology.commands.common import common_options, console, emit, is_terminal, rows
+from topology.commands.common import ask_broker, common_options, console, emit, is_terminal, rows
 from topology.settings import CHAIN_DEFAULT, Settings
 from topology.source import Offer, Publisher
 from topology.transports.base import Broker
-from topology.transports.factory import open_broker
 
 
 @click.group()
@@ -60,7 +59,9 @@ def ingest_bitcoin(
         topics.check_chain(settings.chain, generation.chain_id, settings.broker_url)
         return await _publish(broker, generation, _bitcoin_offers(files), again=again, total=None)
 
-    _run(settings, publish, as_json=as_json)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)  # the log may be in there
+    document = ask_broker(settings, publish)
+    emit(document, as_json=as_json, text=lambda: rows(document))
 
 
 @ingest.command("synthetic")
@@ -96,7 +97,9 @@ def ingest_synthetic(
         made = _synthetic(parent, count, changes, seed, reorg_every, reorg_depth)
         return await _publish(broker, generation, source.offers(made), total=count, interval_s=interval_s)
 
-    _run(settings, publish, as_json=as_json)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)  # the log may be in there
+    document = ask_broker(settings, publish)
+    emit(document, as_json=as_json, text=lambda: rows(document))
 
 
 def _synthetic(
@@ -112,20 +115,6 @@ def _synthetic(
         yield from chain.extend(1)
         if reorg_every is not None and number % reorg_every == 0 and number > reorg_depth + 10 and number < count:
             chain.fork(reorg_depth, number)
-
-
-def _run(settings: Settings, publish: Callable[[Broker], Any], *, as_json: bool) -> None:
-    async def main() -> dict[str, Any]:
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
-        broker = open_broker(settings.broker_url, settings.topic_prefix)
-        try:
-            result: dict[str, Any] = await publish(broker)
-            return result
-        finally:
-            await broker.close()
-
-    result = asyncio.run(main())
-    emit(result, as_json=as_json, text=lambda: rows(result))
 
 
 async def _publish(

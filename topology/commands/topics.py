@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -10,10 +9,9 @@ import click
 
 from pipeline.errors import NotFound, SettingsConflict
 from topology import topic_check, topics
-from topology.commands.common import common_options, emit
+from topology.commands.common import ask_broker, common_options, emit
 from topology.settings import Settings
 from topology.transports.base import Broker, TopicSpec
-from topology.transports.factory import open_broker
 
 
 @click.group("topics")
@@ -95,13 +93,6 @@ def _show(found: list[dict[str, Any]], *, as_json: bool) -> None:
 
 
 def _run(settings: Settings, ask: Callable[[Broker], Awaitable[Any]]) -> Any:
-    async def main() -> Any:
-        if not settings.broker:
-            raise NotFound("no broker is named", way_out="name one with --broker or STATEFERRY_BROKER")
-        broker = open_broker(settings.broker_url, settings.topic_prefix)
-        try:
-            return await ask(broker)
-        finally:
-            await broker.close()
-
-    return asyncio.run(main())
+    if not settings.broker:
+        raise NotFound("no broker is named", way_out="name one with --broker or STATEFERRY_BROKER")
+    return ask_broker(settings, ask)
