@@ -8,6 +8,7 @@ force drops all dirty layers at once; the store never saw them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 
 from pipeline.stores.base import Store
 
@@ -39,15 +40,19 @@ class Layers:
         below = iter(self._store.get([key for key in storage_keys if key not in merged]))
         return [merged[key] if key in merged else next(below) for key in storage_keys]
 
-    def push(self, number: int, writes: Mapping[bytes, bytes | None], *, held_bytes: int = 0) -> None:
-        """A new top layer. ``number`` is above every number pushed and not settled. ``held_bytes``: what else its owner
-        keeps as long as the layer stands."""
+    def push(self, number: int, writes: Mapping[bytes, bytes | None]) -> None:
+        """A new top layer. ``number`` is above every number pushed and not settled."""
         assert number > self.checkpoint(), (number, self.checkpoint())
         size = sum(map(len, writes)) + sum(map(len, filter(None, writes.values())))
-        self._sizes[number] = size + _ENTRY_OVERHEAD_BYTES * len(writes) + held_bytes
+        self._sizes[number] = size + _ENTRY_OVERHEAD_BYTES * len(writes)
         self.dirty_bytes += self._sizes[number]
         self._layers[number] = writes
         self._show(number, writes)
+
+    def hold(self, number: int, held_bytes: int) -> None:
+        """Count in what else a layer's owner keeps as long as it stands."""
+        self._sizes[number] += held_bytes
+        self.dirty_bytes += held_bytes
 
     def settle(self, number: int) -> None:
         """The lowest layer is in the store now: it may go. Costs no more with many layers above it."""
@@ -56,6 +61,10 @@ class Layers:
         for key in self._drop(number):
             if owners[key] == number:
                 del merged[key], owners[key]
+
+    def lowest_bytes(self, layers: int) -> int:
+        """What so many of the lowest layers hold of `dirty_bytes`."""
+        return sum(islice(self._sizes.values(), layers))
 
     def checkpoint(self) -> int:
         """The number of the top layer: what `revert` comes back to. 0 without layers."""

@@ -1,6 +1,6 @@
-"""Long answers about an open store, given by a worker or by a command that owns the store: prove, verify, snapshot.
+"""Answers that take more than a look into the store: where a worker stands, prove, verify, snapshot.
 
-All of them work on a checkpoint and in processes of their own, so that whoever holds the store goes on meanwhile.
+The long ones work on a checkpoint and in processes of their own, so that whoever holds the store goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -8,15 +8,79 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pipeline.errors import AuditFailed, StoreCorrupt
+from pipeline.errors import AuditFailed, StateferryError, StoreCorrupt
 from pipeline.objects import open_objects
 from pipeline.replica import Replica
 from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import Audited, Proof
-from topology import reads, snapshotter, verifier
+from topology import lag, reads, snapshotter, verifier
 from topology.archiver import Archiver
 from topology.data_dir import DataDir
-from topology.node import Role
+from topology.lag import Stand
+from topology.lead import State
+from topology.node import Node, Role
+from topology.transports.base import Broker
+
+
+async def status(node: Node) -> dict[str, Any]:
+    """Where a worker stands, and how far behind the log: ``shards`` has an entry for each that it holds."""
+    return reads.status(node.committed_meta, node.proof) | {
+        "running": True,
+        "role": node.role.value,
+        "state": node.state.value,
+        "instance": node.data_dir.node_id,
+        "void_records": dict(node.voids),
+        "in_flight": node.in_flight,
+        "shards": [await _shard(node)],
+    }
+
+
+async def _shard(node: Node) -> dict[str, Any]:
+    meta, generation = node.committed_meta, node.generation
+    stands = {"diffs": lag.diffs_stand(meta, generation.diffs_topic, 0)}
+    if node.role is Role.PRIMARY:
+        stands["blocks"] = lag.blocks_stand(meta, generation.blocks_topic, 0)
+    return (
+        reads.shard(meta)
+        | {
+            "owner": node.data_dir.node_id,
+            "state": node.state.value,
+            "in_force": node.state is State.LEADING,
+            "void_records": dict(node.voids),
+            "frames_in_flight": node.in_flight,
+            "buffers": {name: held._asdict() for name, held in node.buffers.items()},
+        }
+        | await behind(node.broker, stands, node.settings.topic_prefix)
+    )
+
+
+async def behind(broker: Broker, stands: dict[str, Stand], topic_prefix: str) -> dict[str, Any]:
+    """How far behind its topics a shard is. ``lag``: of what it applies, the first of ``stands`` that there is of
+    blocks and diffs; None, with ``lag_unknown`` saying why, if the broker does not say it in time."""
+    try:
+        found = {name: await lag.measure(broker, stand, now_s=time.time()) for name, stand in stands.items()}
+    except TimeoutError:
+        return {"lag": None, "lag_unknown": f"the broker did not answer within {lag.ANSWER_S:.0f} s", "topics": {}}
+    except StateferryError as error:
+        return {"lag": None, "lag_unknown": str(error), "topics": {}}
+    applied = found.get("blocks") or found["diffs"]
+    return {
+        "lag": {"blocks": applied.blocks, "seconds": round(applied.seconds, 3)},
+        "topics": {
+            name: {
+                "topic": topic_prefix + stands[name].topic,
+                "partition": stands[name].partition,
+                "next_offset": stands[name].next_offset,
+                "end_offset": one.end_offset,
+                "records_behind": one.records,
+                "blocks_behind": one.blocks,
+                "seconds_behind": round(one.seconds, 3),
+                "epoch": one.epoch,
+                "writer": one.writer.hex(),
+            }
+            for name, one in found.items()
+        },
+    }
 
 
 async def prove(store: RocksStore, data_dir: DataDir) -> tuple[Proof, Audited]:

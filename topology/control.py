@@ -21,6 +21,8 @@ from pipeline.errors import StateferryError
 _LINE_BYTES_MAX = 64 << 20
 """Of one answer: `scan` answers in pages below it."""
 _CONNECT_TIMEOUT_S = 2.0
+ANSWER_S = 600.0
+"""For an answer that may hash all of a state; a look at the worker itself takes less."""
 
 Handler = Callable[[dict[str, Any]], Awaitable[Any]]
 
@@ -64,7 +66,7 @@ class ControlServer:
             return {"error": "UsageError", "what": f"a request that cannot be read: {error!r}"}
 
 
-def ask(path: Path, request: dict[str, Any], *, timeout_s: float = 600.0) -> Any:
+def ask(path: Path, request: dict[str, Any], *, timeout_s: float = ANSWER_S) -> Any:
     """Ask the worker that owns a socket; None if there is none. Raises the error that it answers with."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with contextlib.closing(connection):

@@ -13,9 +13,9 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from pipeline import failpoints
+from pipeline import chunk, failpoints
 from pipeline.archive import plan_segments
 from pipeline.errors import Diverged, FrameCorrupt, Gap, NotProven, StateferryError, WrongChain, disk_full
 from pipeline.frame import digest_of
@@ -43,6 +43,13 @@ GROUP_FRAMES_MAX = 64
 class Role(enum.Enum):
     PRIMARY = "primary"
     REPLICA = "replica"
+
+
+class Held(NamedTuple):
+    """What a buffer holds, and its bound."""
+
+    bytes: int
+    bytes_max: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -158,6 +165,8 @@ class Node:
         """Write what the log confirmed, forget the rest, close the store."""
         if self._opened:
             self._opened = False
+            if self.lead is not None:
+                self.lead.close()
             try:
                 if self.failure is None:
                     self._commit()
@@ -279,7 +288,7 @@ class Node:
             asyncio.get_running_loop().call_later(GROUP_WAIT_S if is_behind else 0, self._commit_or_fail)
 
     def _group_bytes(self) -> int:
-        return sum(len(step.whole) for step in self._uncommitted) * 2
+        return self.replica.layers.lowest_bytes(self.replica.group_length)
 
     def _commit_or_fail(self) -> None:
         self._commit_is_due = False
@@ -324,21 +333,21 @@ class Node:
         if self.next_diffs >= end and lead.state is State.FOLLOWING:
             await lead.claim()
 
-    async def on_blocks(self, offset: int, record: bytes) -> list[Awaitable[Any]]:
-        """One record of the blocks topic: propose what follows. Returns what is done once the frames are durable."""
+    async def on_blocks(self, offset: int, record: bytes) -> None:
+        """One record of the blocks topic: propose what follows."""
         lead = self.lead
         assert lead is not None, self.role
         await lead.wait_for_room(self.stopping)
         if offset < lead.next_blocks or self.stopping.is_set() or lead.primary is None:
-            return []
+            return
         if self.until_height is not None and lead.stands_at(self.until_height):
             await self.stopping.wait()  # what is proposed already ends this node when it is read back
-            return []
+            return
         lead.next_blocks = offset + 1
         self.last_progress_s = time.monotonic()
         self._handling += 1
         try:
-            return await lead.propose(offset, record)
+            await lead.propose(offset, record)
         finally:
             self._handling -= 1
 
@@ -384,14 +393,21 @@ class Node:
         return self._committed.tip.height
 
     @property
-    def buffers_bytes(self) -> dict[str, int]:
-        """What every buffer holds now; its bounds are in the settings."""
-        return {
-            "dirty_layers": self.replica.layers.dirty_bytes,
-            "proposed_frames": 0 if self.lead is None else self.lead.proposed_bytes,
-            "frame_chunks": self.replica.held_chunk_bytes,
-            "event_chunks": 0 if self.lead is None else self.lead.held_event_bytes,
-            "group": self._group_bytes(),
+    def buffers(self) -> dict[str, Held]:
+        """What every buffer holds now. A bound is looked at before a block is taken in: one may stand above it."""
+        lead, settings = self.lead, self.settings
+        dirty_bytes = self.replica.layers.dirty_bytes
+        held = {
+            "group": Held(self._group_bytes(), settings.group_bytes_max),
+            "frame_chunks": Held(self.replica.held_chunk_bytes, chunk.MESSAGE_BYTES_MAX),
+        }
+        if lead is None:
+            return held | {"dirty_layers": Held(dirty_bytes, settings.group_bytes_max)}
+        return held | {
+            "computed_ahead": Held(lead.ahead_bytes, settings.ahead_bytes_max),  # the next two together
+            "dirty_layers": Held(dirty_bytes, settings.ahead_bytes_max),
+            "frames_in_flight": Held(lead.proposed_bytes, settings.ahead_bytes_max),
+            "event_chunks": Held(lead.held_event_bytes, chunk.MESSAGE_BYTES_MAX),
         }
 
     async def wait_for_progress(self) -> None:

@@ -77,6 +77,22 @@ def status(meta: Meta, proof: Proof) -> dict[str, Any]:
     }
 
 
+def shard(meta: Meta) -> dict[str, Any]:
+    """One shard's position, in a list of them."""
+    tip = meta.tip
+    return {
+        "shard": meta.shard,
+        "shards": meta.shards,
+        "height": tip.height,
+        "block_hash": tip.block_hash[::-1].hex(),
+        "root": tip.root.hex(),
+        "seq": meta.seq,
+        "walk": meta.walk,
+        "epoch": meta.epoch,
+        "writer": meta.writer.hex(),
+    }
+
+
 def parse_key(schema: Schema, text: str) -> bytes:
     """A key as people write it: `txid:index` for a coin, hex of the whole key for any. Raises UsageError."""
     try:

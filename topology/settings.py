@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     serve: Literal["proven", "claimed"] = "proven"
     """Whether reads are answered from a state that this node has not proven yet."""
     codec: Literal["zstd", "snappy", "none"] = "zstd"
-    group_bytes_max: int = Field(default=8 << 20, ge=1 << 16)
+    group_bytes_max: int = Field(default=16 << 20, ge=1 << 16)
     """Frames read back and not yet written, with what they change: written at the latest when there are this many."""
     ahead_bytes_max: int = Field(default=24 << 20, ge=1 << 16)
     """Blocks computed and not yet read back: the applier waits above this."""

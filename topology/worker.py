@@ -197,14 +197,7 @@ async def _answer(node: Node, request: dict[str, Any]) -> Any:
     """One request on the control socket."""
     match request["what"]:
         case "status":
-            return reads.status(node.committed_meta, node.proof) | {
-                "role": node.role.value,
-                "state": node.state.value,
-                "running": True,
-                "void_records": dict(node.voids),
-                "in_flight": node.in_flight,
-                "buffers_bytes": node.buffers_bytes,
-            }
+            return await answers.status(node)
         case "get":
             check_serving(node.proof, request.get("serve") or node.settings.serve)
             found = reads.get(node.store, schema_named(request["table"]), request["keys"])

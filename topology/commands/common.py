@@ -83,9 +83,9 @@ def _word(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict | list) else str(value)
 
 
-def ask_worker(given: Settings, request: dict[str, Any]) -> Any:
+def ask_worker(given: Settings, request: dict[str, Any], *, timeout_s: float = control.ANSWER_S) -> Any:
     """The answer of the worker that owns the data directory; None if there is none."""
-    return control.ask(DataDir(given.data_dir).socket_path, request)
+    return control.ask(DataDir(given.data_dir).socket_path, request, timeout_s=timeout_s)
 
 
 def ask_broker(given: Settings, work: Callable[[Broker], Awaitable[Answer]]) -> Answer:

@@ -9,27 +9,82 @@ from typing import Any
 import click
 
 from pipeline.errors import UsageError
+from pipeline.generation import Generation
 from pipeline.objects import open_objects
+from pipeline.position import Meta
 from pipeline.snapshot import parse_manifest_name
 from pipeline.state import UTXO, schema_named
-from topology import answers, reads
-from topology.commands.common import ask_worker, common_options, emit, opened_view, owned_store, rows, serve_option
-from topology.node import check_serving
+from topology import answers, lag, reads
+from topology.commands.common import (
+    ask_broker,
+    ask_worker,
+    common_options,
+    emit,
+    opened_view,
+    owned_store,
+    rows,
+    serve_option,
+)
+from topology.node import Role, check_serving
 from topology.settings import Settings
+from topology.transports.base import log_path
 
 _SCAN_LIMIT = 100
+_STATUS_S = 10.0
+"""A worker that has not said by then where it stands is not well."""
 
 
 @click.command()
 @common_options
 def status(settings: Settings, as_json: bool) -> None:
-    """Where this node stands: position, proof, epoch, offsets, snapshots."""
-    document = ask_worker(settings, {"what": "status"})
+    """Where this node stands: position, proof, epoch, offsets, snapshots; each shard's lag, owner and buffers.
+
+    Without a running worker it says what the store holds, and how far the broker is ahead of it, if one answers.
+    """
+    document = ask_worker(settings, {"what": "status"}, timeout_s=_STATUS_S)
     if document is None:
         with opened_view(settings) as view:
-            document = reads.status(view.meta, view.proof) | {"role": view.role or None, "running": False}
+            meta, role = view.meta, view.role
+            document = reads.status(meta, view.proof) | {"running": False, "role": role or None}
+        document["shards"] = [reads.shard(meta) | {"owner": None} | _behind(settings, meta, role)]
     document["snapshots"] = _snapshots(settings, document["chain"])
-    emit(document, as_json=as_json, text=lambda: rows(document))
+    emit(document, as_json=as_json, text=lambda: _status_text(document))
+
+
+def _behind(settings: Settings, meta: Meta, role: str) -> dict[str, Any]:
+    """How far a store that no worker has is behind a broker that can be reached."""
+    if not settings.broker and not log_path(settings.broker_url).exists():
+        return {"lag": None, "lag_unknown": "no broker is named", "topics": {}}
+    found = Generation(generation=meta.generation, chain_id=meta.chain_id, number=meta.generation_number)
+    stands = {"diffs": lag.diffs_stand(meta, found.diffs_topic, 0)}
+    if role == Role.PRIMARY.value:
+        stands["blocks"] = lag.blocks_stand(meta, found.blocks_topic, 0)
+    return ask_broker(settings, lambda broker: answers.behind(broker, stands, settings.topic_prefix))
+
+
+def _status_text(document: dict[str, Any]) -> str:
+    """The node's position, then each shard below it."""
+    flat = {name: value for name, value in document.items() if name not in ("shards", "snapshots")}
+    snapshots = [f"{one['height']} {one['root']}" for one in document["snapshots"]]
+    parts = [rows(flat | {"snapshots": ", ".join(snapshots) or "none"})]
+    for shard in document["shards"]:
+        behind = shard["lag"]
+        shown = {
+            f"shard {shard['shard']} of {shard['shards']}": f"height {shard['height']}, seq {shard['seq']}",
+            "lag": f"{behind['blocks']} blocks, {behind['seconds']:.1f} s" if behind else shard["lag_unknown"],
+            "owner": shard["owner"] or "no running worker",
+            "epoch": f"{shard['epoch']}, writer {shard['writer']}" + (", this one" if shard.get("in_force") else ""),
+        }
+        for one in shard["topics"].values():
+            place = f"{one['topic']}[{one['partition']}]"
+            shown[place] = f"{one['next_offset']} of {one['end_offset']} records"
+        if "buffers" in shard:
+            shown["frames in flight"] = shard["frames_in_flight"]
+            shown["void records"] = shard["void_records"] or 0
+            for name, held in shard["buffers"].items():
+                shown[f"buffer {name}"] = f"{held['bytes']:,} of {held['bytes_max']:,} bytes"
+        parts.append(rows(shown))
+    return "\n\n".join(parts)
 
 
 def _snapshots(settings: Settings, chain: str) -> list[dict[str, Any]]:
