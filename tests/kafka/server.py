@@ -18,8 +18,9 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 VERSIONS: Final = ("3.9.1", "4.3.1")
 VERSION_DEFAULT: Final = "4.3.1"
@@ -75,21 +76,52 @@ def _pom(version: str) -> str:
     )
 
 
+def new_cluster() -> str:
+    """A cluster's id: it never begins with a dash."""
+    return base64.urlsafe_b64encode(bytes(1) + uuid.uuid4().bytes[1:]).decode().rstrip("=")
+
+
 def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return int(taken.getsockname()[1])
 
 
-class Server:
-    """A broker and controller in one process. `start` formats the data once; `kill` and `start` is a crash."""
+class Behind(NamedTuple):
+    """A listener that clients reach through a proxy: it is advertised by the port that the proxy listens on."""
 
-    def __init__(self, folder: Path, version: str = VERSION_DEFAULT, *, port: int | None = None) -> None:
+    proxy_port: int
+    port: int
+
+
+class Server:
+    """A broker and controller in one process. `start` formats the data once; `kill` and `start` is a crash.
+
+    ``behind``: further listeners. ``peers``: the controllers of a cluster by node id, this one included, and the
+    cluster's id; without them it is alone.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        version: str = VERSION_DEFAULT,
+        *,
+        port: int | None = None,
+        behind: Sequence[Behind] = (),
+        node_id: int = 1,
+        peers: Mapping[int, int] | None = None,
+        cluster: str = "",
+        heap: str = HEAP,
+    ) -> None:
         self.folder = folder
         self.version = version
         self.port = port or free_port()
+        self.behind = behind
+        self.node_id = node_id
         self.process: subprocess.Popen[bytes] | None = None
-        self._controller_port = free_port()
+        self._peers = peers or {node_id: free_port()}
+        self._cluster = cluster or new_cluster()
+        self._heap = heap
 
     @property
     def bootstrap(self) -> str:
@@ -108,11 +140,9 @@ class Server:
         properties = self.folder / "server.properties"
         if not properties.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            properties.write_text(self._properties())
-            cluster = (
-                base64.urlsafe_b64encode(bytes(1) + uuid.uuid4().bytes[1:]).decode().rstrip("=")
-            )  # never begins with a dash
-            self._java("kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(properties)).wait()
+            properties.write_text("".join(f"{name}={value}\n" for name, value in self._properties().items()))
+            arguments = ("format", "-t", self._cluster, "-c", str(properties), *self._format_arguments())
+            self._java("kafka.tools.StorageTool", *arguments).wait()
         self.process = self._java("kafka.Kafka", str(properties))
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while not self._takes_connections():
@@ -121,34 +151,44 @@ class Server:
                 raise RuntimeError(f"Kafka {self.version} did not start:\n{self.log.read_text()[-4000:]}")
             time.sleep(0.05)
 
-    def _properties(self) -> str:
-        controller = f"127.0.0.1:{self._controller_port}"
-        settings = {
+    def _properties(self) -> dict[str, object]:
+        copies = len(self._peers)
+        here = {"PLAINTEXT": self.port} | {f"PROXIED{at}": one.port for at, one in enumerate(self.behind)}
+        shown = here | {f"PROXIED{at}": one.proxy_port for at, one in enumerate(self.behind)}
+        own = here | {"CONTROLLER": self._peers[self.node_id]}
+        return {
             "process.roles": "broker,controller",
-            "node.id": 1,
-            "controller.quorum.voters": f"1@{controller}",
-            "listeners": f"PLAINTEXT://{self.bootstrap},CONTROLLER://{controller}",
-            "advertised.listeners": f"PLAINTEXT://{self.bootstrap}",
+            "node.id": self.node_id,
+            "controller.quorum.voters": ",".join(f"{node}@127.0.0.1:{port}" for node, port in self._peers.items()),
+            "listeners": ",".join(f"{name}://127.0.0.1:{port}" for name, port in own.items()),
+            "advertised.listeners": ",".join(f"{name}://127.0.0.1:{port}" for name, port in shown.items()),
             "controller.listener.names": "CONTROLLER",
             "inter.broker.listener.name": "PLAINTEXT",
-            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "listener.security.protocol.map": ",".join(f"{name}:PLAINTEXT" for name in own),
+            "num.network.threads": 1 if self.behind else 3,  # of each listener
             "log.dirs": self.folder / "data",
-            "offsets.topic.replication.factor": 1,
+            "offsets.topic.replication.factor": copies,
             "offsets.topic.num.partitions": 1,
-            "transaction.state.log.replication.factor": 1,
+            "transaction.state.log.replication.factor": copies,
             "transaction.state.log.min.isr": 1,
-            "share.coordinator.state.topic.replication.factor": 1,
+            "share.coordinator.state.topic.replication.factor": copies,
             "share.coordinator.state.topic.min.isr": 1,
+            "default.replication.factor": copies,
+            "broker.session.timeout.ms": 3000,  # of a broker: its partitions have other leaders then
+            "broker.heartbeat.interval.ms": 500,
             "group.initial.rebalance.delay.ms": 0,
+            "group.min.session.timeout.ms": 1000,
             "auto.create.topics.enable": "true",  # as most clusters have it: nothing of ours may depend on it
             "log.cleaner.dedupe.buffer.size": 8 << 20,
         }
-        return "".join(f"{name}={value}\n" for name, value in settings.items())
+
+    def _format_arguments(self) -> list[str]:
+        return []
 
     def _java(self, *arguments: str) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                ["java", HEAP, "-cp", f"{jars(self.version)}/*", *arguments],
+                ["java", self._heap, "-cp", f"{jars(self.version)}/*", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
