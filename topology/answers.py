@@ -13,13 +13,15 @@ from pipeline.objects import open_objects
 from pipeline.replica import Replica
 from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import Audited, Proof
-from topology import lag, reads, snapshotter, verifier
+from topology import lag, logs, reads, snapshotter, verifier
 from topology.archiver import Archiver
 from topology.data_dir import DataDir
 from topology.lag import Stand
 from topology.lead import State
 from topology.node import Node, Role
 from topology.transports.base import Broker
+
+log = logs.get()
 
 
 async def status(node: Node) -> dict[str, Any]:
@@ -113,7 +115,7 @@ async def snapshot(store: RocksStore, data_dir: DataDir, objects_url: str, heigh
     """Publish a snapshot, as a document."""
     started_s = time.monotonic()
     manifest = await snapshotter.snapshot_in_process(store, data_dir.path, objects_url, height=height)
-    return {
+    document = {
         "chain": manifest.chain_id,
         "generation": manifest.generation.hex(),
         "height": manifest.height,
@@ -125,6 +127,15 @@ async def snapshot(store: RocksStore, data_dir: DataDir, objects_url: str, heigh
         "manifest": manifest.name,
         "seconds": round(time.monotonic() - started_s, 3),
     }
+    log.info(
+        "snapshot_taken",
+        height=manifest.height,
+        manifest=manifest.name,
+        parts=len(manifest.parts),
+        bytes=manifest.size_bytes,
+        seconds=document["seconds"],
+    )
+    return document
 
 
 def flush_archive(store: RocksStore, objects_url: str) -> None:

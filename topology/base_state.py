@@ -12,7 +12,9 @@ from pipeline.generation import Generation
 from pipeline.objects import AlreadyThere, ObjectStore
 from pipeline.restore import newest_names
 from pipeline.snapshot import Manifest, base_resume, encode_manifest, parse_manifest_name
-from topology import restorer
+from topology import logs, restorer
+
+log = logs.get()
 
 
 def with_base(generation: Generation, manifest: Manifest) -> Generation:
@@ -72,3 +74,4 @@ def fill(objects: ObjectStore, data_dir: Path, generation: Generation) -> None:
             f"the object store has no base state of generation {generation.generation.hex()}",
             way_out="name the object store that the source published it in: --objects",
         )
+    log.info("base_restored", height=generation.base.height, keys=sum(restored.meta.tip.counts.values()))

@@ -263,9 +263,10 @@ class Node:
                 self.voids[reason] += 1
                 log.info("record_voided", topic=self.generation.diffs_topic, offset=offset, reason=reason)
             case Ended(successor=successor):
-                log.warning("generation_ended", successor=successor.generation.hex())
+                ended, follows = self.generation.generation.hex(), successor.generation.hex()
+                log.warning("generation_ended", generation=ended, successor=follows)
                 raise WrongChain(
-                    f"generation {self.generation.generation.hex()} ended here; {successor.generation.hex()} follows",
+                    f"generation {ended} ended here; {follows} follows",
                     way_out="restore the new generation into an empty data directory: `stateferry restore`",
                 )
 
