@@ -118,7 +118,7 @@ Event = Connect | Rewind | SourceEpoch
 _KINDS: dict[type, str] = {Connect: "connect", Rewind: "rewind", SourceEpoch: "epoch"}
 
 
-def encode_event(event: Event) -> bytes:
+def encode_event(event: Event, *, zstd_level: int = codec.ZSTD_LEVEL) -> bytes:
     """One event as the value of a record: magic, version, checksum, MessagePack map."""
     stamp = event.stamp
     fields: dict[str, Any] = {
@@ -142,7 +142,7 @@ def encode_event(event: Event) -> bytes:
                 "parent": block.parent_hash,
                 "time": block.time_s,
                 "op_count": block.op_count,
-                "tables": codec.compress(raw, codec.Codec.ZSTD),
+                "tables": codec.compress(raw, codec.Codec.ZSTD, zstd_level=zstd_level),
             }
         case Rewind(walk=walk, to=to):
             fields |= {"walk": walk, "height": to.height, "hash": to.block_hash}

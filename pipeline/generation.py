@@ -22,9 +22,10 @@ from pipeline.block import CHAIN_ID_BYTES_MAX, BlockRef
 from pipeline.codec import Codec
 from pipeline.commitment import lthash
 from pipeline.diff import EMPTY_COUNTS, EMPTY_VECTORS
-from pipeline.errors import FrameCorrupt, SettingsConflict, Unsupported
+from pipeline.errors import FrameCorrupt, SettingsConflict, Unsupported, UsageError
 from pipeline.frame import Header, Kind
 from pipeline.position import BEFORE_FIRST_HEIGHT, NO_WRITER, Meta, Tip
+from pipeline.shards import check_shards
 from pipeline.state import SCHEMAS
 
 GENERATIONS_TOPIC = "generations"
@@ -48,14 +49,31 @@ class Generation:
     base_vectors: Mapping[int, bytes] | None = None  # None: the empty state
     base_counts: Mapping[int, int] | None = None  # keys by table id; None: the empty state
     base_manifest: str = ""  # name of the manifest in the object store; empty: there is none
+    shards: int = 1
 
     @property
     def blocks_topic(self) -> str:
-        return "blocks" if self.number == 1 else f"blocks-{self.generation.hex()[:12]}"
+        return self._topic("blocks")
+
+    @property
+    def shard_blocks_topic(self) -> str:
+        return self._topic("shard-blocks")
+
+    @property
+    def events_topic(self) -> str:
+        """What primaries read: a partition a shard, as `diffs` has."""
+        return self.blocks_topic if self.shards == 1 else self.shard_blocks_topic
 
     @property
     def diffs_topic(self) -> str:
-        return "diffs" if self.number == 1 else f"diffs-{self.generation.hex()[:12]}"
+        return self._topic("diffs")
+
+    @property
+    def anchors_topic(self) -> str:
+        return self._topic("anchors")
+
+    def _topic(self, name: str) -> str:
+        return name if self.number == 1 else f"{name}-{self.generation.hex()[:12]}"
 
     @property
     def tip(self) -> Tip:
@@ -70,7 +88,7 @@ class Opening:
 
     generation: Generation
     finality: int
-    shards: int = 1
+    shard: int = 0
 
     def meta(self, *, offset: int, digest: bytes) -> Meta:
         """The position of a store that holds the base state and has read nothing but this record."""
@@ -81,7 +99,8 @@ class Opening:
             generation=self.generation.generation,
             generation_number=self.generation.number,
             finality=self.finality,
-            shards=self.shards,
+            shard=self.shard,
+            shards=self.generation.shards,
             tip=tip,
             base_height=base_height,
             highest=base_height,
@@ -141,7 +160,8 @@ def encode_opening(opening: Opening) -> bytes:
         generation=generation.generation,
         epoch=0,
         writer=NO_WRITER,
-        shards=opening.shards,
+        shard=opening.shard,
+        shards=generation.shards,
         chain_id=generation.chain_id,
         table_roots={},
     )
@@ -163,7 +183,7 @@ def decode_opening(data: bytes) -> Opening:
     finality = fields.get("finality")
     if not isinstance(finality, int) or finality < 0:
         raise FrameCorrupt("a GENERATION frame without finality")
-    return Opening(generation=_generation(fields.get("generation")), finality=finality, shards=decoded.header.shards)
+    return Opening(generation=_generation(fields.get("generation")), finality=finality, shard=decoded.header.shard)
 
 
 def encode_end(successor: Generation, *, epoch: int, writer: bytes, generation: bytes, chain_id: str) -> bytes:
@@ -188,7 +208,8 @@ def decode_end(body: bytes) -> Generation:
 
 def _fields(generation: Generation) -> dict[str, Any]:
     base, vectors = generation.base, generation.base_vectors
-    return {
+    shards = {} if generation.shards == 1 else {"shards": generation.shards}
+    return shards | {
         "generation": generation.generation,
         "chain": generation.chain_id,
         "number": generation.number,
@@ -224,12 +245,13 @@ def _generation(fields: Any) -> Generation:
             base_vectors=vectors or None,
             base_counts={int(table_id): int(count) for table_id, count in fields["counts"]} or None,
             base_manifest=fields["manifest"],
+            shards=check_shards(fields.get("shards", 1)),
         )
         sizes = (len(result.generation), len(result.previous), len(block_hash) in (0, 32))
         if sizes != (16, 16, True) or any(len(vector) != lthash.VECTOR_BYTES for vector in vectors.values()):
             raise ValueError("an id, hash or vector of the wrong size")
         if not 0 < len(result.chain_id.encode()) <= CHAIN_ID_BYTES_MAX:
             raise ValueError("a chain id that cannot be")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
         raise FrameCorrupt(f"a generation record is malformed: {error!r}") from error
     return result

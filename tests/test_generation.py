@@ -53,7 +53,7 @@ def record_with(**changes: Any) -> bytes:
 @pytest.mark.parametrize("generation", [FIRST, SECOND], ids=["first", "second"])
 def test_round_trip(generation: Generation) -> None:
     """A generation comes back from its record and from both frames that carry it."""
-    opening = Opening(generation=generation, finality=7, shards=4)
+    opening = Opening(generation=replace(generation, shards=4), finality=7, shard=3)
     end = encode_end(generation, epoch=3, writer=b"w" * 16, generation=b"0" * 16, chain_id="main")
 
     assert decode_generation(encode_generation(generation)) == generation
