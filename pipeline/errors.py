@@ -5,6 +5,7 @@
     │   ├── BrokerUrlError                 a broker URL that cannot be read
     │   ├── NotEmpty                       a restore into a directory that holds something
     │   ├── SchemaUnknown                  a table that this chain does not have
+    │   ├── SecretUnusable                 a file of a password, key or certificate that cannot be used
     │   └── SettingsConflict               a setting differs from what the generation or directory fixed
     ├── Diverged                        3  a root, an id or an audit is not what it must be; quarantine
     │   ├── RootMismatch                   the root computed is not the root claimed
@@ -40,7 +41,12 @@
     ├── RewindTooDeep                  11  a rewind below the final height
     ├── NotProven                      12  a read of a state that this node has not proven
     ├── NotFound                       13  a key, snapshot, manifest, height or object that is not there
-    └── BrokerUnavailable              14  no broker answers, or it could not do what was asked
+    ├── BrokerUnavailable              14  no broker answers, or it could not do what was asked
+    └── AccessDenied                   15  a broker and this node do not accept each other
+        ├── WrongListener                  the port is of a listener with another security protocol
+        ├── BrokerUntrusted                the broker's certificate is none to trust
+        ├── LoginRefused                   the broker refuses this client's certificate, or its name and password
+        └── NotAuthorized                  this user may not do what was asked: an ACL is missing
 
 Fields first; the sentence is made in ``__str__`` and says what, where, and the way out. ``same_again`` answers the
 one question a caller has: would the same input fail again? If so stop and keep the bytes; else retry at the edge.
@@ -88,6 +94,10 @@ class NotEmpty(UsageError):
 
 
 class SchemaUnknown(UsageError):
+    pass
+
+
+class SecretUnusable(UsageError):
     pass
 
 
@@ -253,3 +263,23 @@ def disk_full(error: OSError) -> DiskFull | None:
 class BrokerUnavailable(StateferryError):
     exit_code = 14
     same_again = False
+
+
+class AccessDenied(StateferryError):
+    exit_code = 15
+
+
+class WrongListener(AccessDenied):
+    pass
+
+
+class BrokerUntrusted(AccessDenied):
+    pass
+
+
+class LoginRefused(AccessDenied):
+    pass
+
+
+class NotAuthorized(AccessDenied):
+    pass

@@ -15,7 +15,8 @@ from mode.supervisors import CrashingSupervisor
 
 from topology import applier, logs, replicator
 from topology.node import Node, Role
-from topology.transports.factory import faust_urls
+from topology.transports.factory import faust_credentials, faust_urls
+from topology.transports.kafka_security import security_of
 
 log = logs.get()
 
@@ -48,9 +49,11 @@ class Application:
         # One consumer group per node: each reads all of the partition.
         prefix = self._prefix = node.settings.topic_prefix
         group = f"{prefix}stateferry-{generation.chain_id}-{node.role.value}-{node.data_dir.node_id}"
+        security = security_of(node.settings)
         self.app = faust.App(
             group,
             broker=faust_urls(node.settings.broker_url),
+            broker_credentials=faust_credentials(security),
             datadir=node.data_dir.path / "faust",
             agent_supervisor=CrashingSupervisor,  # the default goes on behind a failed record
             stream_wait_empty=False,  # else SIGTERM waits for records that nobody acks
@@ -70,6 +73,7 @@ class Application:
             value_serializer="raw",
             key_serializer="raw",
         )
+        self.app.kafka_security = security
         self.app.stored_offsets = self._stored_offsets
         self._diffs = self._topic(generation.diffs_topic)
         self.app.agent(self._diffs, name="replicator", isolated_partitions=True)(replicator.make_agent(node))

@@ -2,7 +2,7 @@
 
 Exit codes are those of `pipeline.errors`, and stable: 0 done, 1 failed, 2 usage, 3 diverged, 4 gap, 5 corrupt input,
 6 wrong chain or generation, 7 fenced, 8 unsupported version, 9 locked, 10 disk full, 11 rewind deeper than finality,
-12 not proven, 13 not found, 14 broker unavailable. Ctrl-C ends with 130.
+12 not proven, 13 not found, 14 broker unavailable, 15 access denied. Ctrl-C ends with 130.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def cli() -> None:
 
     Settings come from options, then STATEFERRY_... in the environment, then stateferry.toml. Exit codes: 0 done,
     1 failed, 2 usage, 3 diverged, 4 gap, 5 corrupt input, 6 wrong chain, 7 fenced, 8 unsupported, 9 locked,
-    10 disk full, 11 rewind deeper than finality, 12 not proven, 13 not found, 14 broker unavailable.
+    10 disk full, 11 rewind deeper than finality, 12 not proven, 13 not found, 14 broker unavailable,
+    15 access denied.
     """
 
 

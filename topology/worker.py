@@ -29,6 +29,7 @@ from topology.node import Node, Role, check_serving
 from topology.settings import Settings
 from topology.transports.base import Broker
 from topology.transports.factory import open_broker
+from topology.transports.kafka_security import security_of
 
 log = logs.get()
 
@@ -62,7 +63,7 @@ async def run(
     with data_dir:
         data_dir.check_quarantine()
         shutil.rmtree(data_dir.copies_path, ignore_errors=True)
-        broker = open_broker(settings.broker_url, settings.topic_prefix)
+        broker = open_broker(settings.broker_url, settings.topic_prefix, security_of(settings))
         try:
             opened = await _find_opening(settings, role, until, broker, stopping)
             if opened is None:

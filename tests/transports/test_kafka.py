@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaTimeoutError, MessageSizeTooLargeError
@@ -19,8 +20,10 @@ from tests.kafka.fixtures import Place
 from tests.kafka.server import Server
 from topology.transports.base import TopicSpec
 from topology.transports.factory import KAFKA_SCHEME, faust_urls, open_broker
-from topology.transports.kafka_address import Address, addresses, check_reachable, why_failed
+from topology.transports.kafka_access import check_access, why_not_appended
+from topology.transports.kafka_address import Address, addresses
 from topology.transports.kafka_appends import Appends
+from topology.transports.kafka_security import PLAINTEXT
 
 ALL = 1 << 40
 
@@ -88,20 +91,20 @@ def refusing() -> Address:
 class TestUnreachable:
     async def test_refused(self, refusing: Address) -> None:
         with pytest.raises(BrokerUnavailable, match=rf"TCP: {refusing} refused the connection"):
-            await check_reachable([refusing])
+            await check_access([refusing])
 
     async def test_name(self) -> None:
         with pytest.raises(BrokerUnavailable, match=r"DNS: the name nowhere\.invalid does not resolve"):
-            await check_reachable([Address("nowhere.invalid", 9092)])
+            await check_access([Address("nowhere.invalid", 9092)])
 
     async def test_timeout(self, deaf: Address) -> None:
         with pytest.raises(BrokerUnavailable, match=rf"timeout: {deaf} did not take a TCP connection within 0.2 s"):
-            await check_reachable([deaf], timeout_s=0.2)
+            await check_access([deaf], timeout_s=0.2)
 
     async def test_all_are_named(self, refusing: Address) -> None:
         """Of several brokers every one says why."""
         with pytest.raises(BrokerUnavailable, match=r"DNS: .*invalid.*; TCP: 127.* refused"):
-            await check_reachable([Address("nowhere.invalid", 9092), refusing])
+            await check_access([Address("nowhere.invalid", 9092), refusing])
 
     async def test_calls_say_so(self, refusing: Address) -> None:
         """The first call of a broker says at once what is wrong, and a close after it is quiet."""
@@ -166,9 +169,9 @@ class Producer:
         return sent
 
 
-async def explain(error: BaseException, what: str) -> StateferryError:
+async def explain(error: BaseException, tp: TopicPartition) -> StateferryError:
     await asyncio.sleep(0.01)  # as long as a look at the network takes
-    return await why_failed(error, what, [])
+    return await why_not_appended(error, tp, [], PLAINTEXT)
 
 
 class TestAppends:

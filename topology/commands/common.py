@@ -23,6 +23,7 @@ from topology.reads import View
 from topology.settings import Settings
 from topology.transports.base import Broker
 from topology.transports.factory import open_broker
+from topology.transports.kafka_security import security_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Answer = TypeVar("Answer")
@@ -92,7 +93,7 @@ def ask_broker(given: Settings, work: Callable[[Broker], Awaitable[Answer]]) -> 
     """What ``work`` answers of the broker, which is open meanwhile."""
 
     async def main() -> Answer:
-        broker = open_broker(given.broker_url, given.topic_prefix)
+        broker = open_broker(given.broker_url, given.topic_prefix, security_of(given))
         try:
             return await work(broker)
         finally:

@@ -19,7 +19,7 @@ from topology.demo import walk
 from topology.demo.facts import NODES, Facts
 from topology.demo.screen import Screen, table
 from topology.demo.walk import Plan
-from topology.transports.factory import is_kafka
+from topology.transports.kafka_address import is_kafka
 
 
 @click.command()

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Final
 
+from aiokafka import TopicPartition
 from aiokafka.errors import NoOffsetForPartitionError, OffsetOutOfRangeError
 from aiokafka.partitioner import DefaultPartitioner
 from faust.transport.drivers import aiokafka as driver
@@ -22,10 +23,11 @@ from faust.types import TP
 from faust.types.tuples import ConsumerMessage, RecordMetadata
 
 from pipeline.errors import OffsetOutOfRange, StateferryError, Unsupported
-from topology.transports import kafka_address
+from topology.transports import kafka_access
 from topology.transports.base import StoredOffsets
-from topology.transports.kafka_address import Address
+from topology.transports.kafka_address import PORT_DEFAULT, Address, shown
 from topology.transports.kafka_appends import Appends, producer_settings
+from topology.transports.kafka_security import PLAINTEXT, Security
 
 FETCH_WAIT_MS: Final = 50
 """Fifty fetches cost a quiet worker nothing; Faust's 1.5 s would be the lag of a partition that shares its broker."""
@@ -62,7 +64,7 @@ class Consumer(StoredOffsets, driver.Consumer):  # type: ignore[misc]
         except OffsetOutOfRangeError as error:
             raise OffsetOutOfRange(
                 f"the log does not hold the offset to read next: {error}",
-                where=kafka_address.shown(self.transport.brokers),
+                where=shown(self.transport.brokers),
                 way_out="start again: a start compares the store with the log, and says what to do",
             ) from error
 
@@ -83,7 +85,7 @@ class Producer(driver.Producer):  # type: ignore[misc]
     async def on_start(self) -> None:
         """Connect."""
         await super().on_start()
-        self._appends = Appends(self._producer, self._explain)
+        self._appends = Appends(self._producer, self._why_not_appended)
 
     async def on_stop(self) -> None:
         """Wait for what was sent and disconnect; after a failure, wait for nothing."""
@@ -125,8 +127,8 @@ class Producer(driver.Producer):  # type: ignore[misc]
         if self._appends is not None:
             await self._appends.flush()
 
-    async def _explain(self, error: BaseException, what: str) -> StateferryError:
-        return await kafka_address.why_failed(error, what, self.transport.brokers)
+    async def _why_not_appended(self, error: BaseException, tp: TopicPartition) -> StateferryError:
+        return await kafka_access.why_not_appended(error, tp, self.transport.brokers, self.transport.security)
 
 
 async def _placed(offset: Awaitable[int], tp: TP, timestamp: float | None) -> RecordMetadata:
@@ -140,6 +142,11 @@ class Transport(driver.Transport):  # type: ignore[misc]
     Producer: ClassVar[type[Producer]] = Producer
 
     @property
+    def security(self) -> Security:
+        """What the application set as ``kafka_security``."""
+        return getattr(self.app, "kafka_security", PLAINTEXT)
+
+    @property
     def brokers(self) -> list[Address]:
         """The cluster's brokers, as the application named them."""
-        return [Address(url.host or "", url.port or kafka_address.PORT_DEFAULT) for url in self.url]
+        return [Address(url.host or "", url.port or PORT_DEFAULT) for url in self.url]

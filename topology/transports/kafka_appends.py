@@ -23,7 +23,7 @@ BATCH_BYTES_MAX: Final = RECORD_BYTES_MAX
 RECORD_SLACK_BYTES: Final = 64 * 1024
 """What `max.message.bytes` allows above a record: a batch's header and the lengths in it."""
 
-Explain = Callable[[BaseException, str], Awaitable[StateferryError]]
+Explain = Callable[[BaseException, TopicPartition], Awaitable[StateferryError]]
 
 
 def producer_settings(*, request_timeout_s: float) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class Appends:
         except Exception as error:
             # Before anything else runs: what was submitted behind the failed batch must not overtake it.
             self._fail(BrokerUnavailable(f"{tp.topic}[{tp.partition}]: an append before this one failed"))
-            failure = await self._explain(error, f"{tp.topic}[{tp.partition}]")
+            failure = await self._explain(error, tp)
             failure.__cause__ = error
             self._fail(failure)
         finally:

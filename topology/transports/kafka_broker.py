@@ -16,7 +16,6 @@ from typing import Any, Final, TypeVar
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import RecordsToDelete
 from aiokafka.errors import (
-    KafkaConnectionError,
     KafkaError,
     KafkaTimeoutError,
     LeaderNotAvailableError,
@@ -25,10 +24,11 @@ from aiokafka.errors import (
 )
 
 from pipeline.errors import NotFound, OffsetOutOfRange, SettingsConflict, StateferryError, UsageError
-from topology.transports import kafka_address
+from topology.transports import kafka_access
 from topology.transports.base import RECORD_BYTES_MAX, Record, TopicFacts, TopicSpec
-from topology.transports.kafka_address import Address, check_reachable
+from topology.transports.kafka_address import Address, shown
 from topology.transports.kafka_appends import Appends, producer_settings
+from topology.transports.kafka_security import PLAINTEXT, Security
 from topology.transports.kafka_topics import Admin
 
 T = TypeVar("T")
@@ -46,9 +46,16 @@ class KafkaBroker:
     Every call raises ``BrokerUnavailable`` if the cluster does not answer within ``REQUEST_TIMEOUT_S``.
     """
 
-    def __init__(self, brokers: Sequence[Address], *, request_timeout_s: float = REQUEST_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        brokers: Sequence[Address],
+        security: Security = PLAINTEXT,
+        *,
+        request_timeout_s: float = REQUEST_TIMEOUT_S,
+    ) -> None:
         """Connects to nothing yet: the first call does."""
         self._brokers = brokers
+        self._security = security
         self._request_timeout_s = request_timeout_s
         self._counts: dict[str, int] = {}  # partitions of the topics seen
         self._admin: Admin | None = None
@@ -70,8 +77,10 @@ class KafkaBroker:
             except NotFound:
                 missing.append(spec)
         for spec in missing:
-            await self._ask(f"creating topic {spec.name}", partial(self._create, spec))
-            self._check_count(spec, await self._ask(f"topic {spec.name}", partial(self._count_made, spec.name)))
+            name = spec.name
+            await self._ask(f"creating topic {name}", partial(self._create, spec), needs=f"CREATE on topic {name}")
+            made = partial(self._count_made, name)
+            self._check_count(spec, await self._ask(f"topic {name}", made, needs=f"DESCRIBE on topic {name}"))
 
     def _check_count(self, spec: TopicSpec, count: int) -> None:
         if count != spec.partitions:
@@ -99,7 +108,7 @@ class KafkaBroker:
             async def look() -> int:
                 return int(await (await self._connected_admin()).partitions(topic))
 
-            self._counts[topic] = await self._ask(f"topic {topic}", look)
+            self._counts[topic] = await self._ask(f"topic {topic}", look, needs=f"DESCRIBE on topic {topic}")
         return self._counts[topic]
 
     async def _known(self, topic: str, partition: int) -> TopicPartition:
@@ -119,7 +128,7 @@ class KafkaBroker:
         async def look() -> TopicFacts:
             return TopicFacts(partitions=count, config=await (await self._connected_admin()).config(topic))
 
-        return await self._ask(f"topic {topic}", look)
+        return await self._ask(f"topic {topic}", look, needs=f"DESCRIBE_CONFIGS on topic {topic}")
 
     # Records
 
@@ -133,7 +142,7 @@ class KafkaBroker:
             return first[tp], end[tp]
 
         try:
-            return await self._ask(f"{topic}[{partition}]", look)
+            return await self._ask(f"{topic}[{partition}]", look, needs=f"DESCRIBE on topic {topic}")
         except StateferryError:
             self._counts.pop(topic, None)  # the topic may be gone
             await self._known(topic, partition)
@@ -149,8 +158,9 @@ class KafkaBroker:
                 way_out="start again from an offset inside, or restore",
             )
         tp = TopicPartition(topic, partition)
+        read = partial(self._read, tp, offset, end, bytes_max)
         async with self._reading:
-            return await self._ask(f"reading {topic}[{partition}]", lambda: self._read(tp, offset, end, bytes_max))
+            return await self._ask(f"reading {topic}[{partition}]", read, needs=f"READ on topic {topic}")
 
     async def _read(self, tp: TopicPartition, offset: int, end: int, bytes_max: int) -> list[Record]:
         records: list[Record] = []
@@ -187,7 +197,7 @@ class KafkaBroker:
                     way_out="send it in chunks",
                 )
         await self._known(topic, partition)
-        appends = await self._ask("a producer", self._connected_appends)
+        appends = await self._ask("a producer", self._connected_appends, needs=f"WRITE on topic {topic}")
         sent = [appends.submit(topic, partition, key, value) for key, value in records]
         if sent:
             await asyncio.wait(sent)
@@ -207,7 +217,7 @@ class KafkaBroker:
             admin = await self._connected_admin()
             await admin.delete_records({TopicPartition(topic, partition): RecordsToDelete(before_offset)})
 
-        await self._ask(f"deleting records of {topic}[{partition}]", delete)
+        await self._ask(f"deleting records of {topic}[{partition}]", delete, needs=f"DELETE on topic {topic}")
 
     async def close(self) -> None:
         """See ``Broker.close``."""
@@ -248,7 +258,7 @@ class KafkaBroker:
             if self._appends is None:
                 settings = producer_settings(request_timeout_s=self._request_timeout_s)
                 self._producer = await self._started(AIOKafkaProducer, **settings)
-                self._appends = Appends(self._producer, self._explain)
+                self._appends = Appends(self._producer, self._why_not_appended)
             return self._appends
 
     async def _drop_producer(self, *, flush: bool) -> None:
@@ -265,20 +275,19 @@ class KafkaBroker:
     async def _started(self, make: Callable[..., T], **settings: Any) -> T:
         """A client of aiokafka, connected. Raises ``BrokerUnavailable``."""
         assert not self._is_closed, "the broker is closed"
-        await check_reachable(self._brokers)
+        await kafka_access.check_access(self._brokers, self._security)
         settings = {"request_timeout_ms": int(self._request_timeout_s * 1000)} | settings
-        client: Any = make(bootstrap_servers=list(map(str, self._brokers)), **settings)
+        servers = list(map(str, self._brokers))
+        client: Any = make(bootstrap_servers=servers, **self._security.client_settings, **settings)
         try:
             await client.start()
-        except BaseException as error:
+        except BaseException:
             await (client.close if isinstance(client, Admin) else client.stop)()
-            if isinstance(error, KafkaConnectionError):
-                raise kafka_address.not_spoken_to(self._brokers) from error
             raise
         return client  # type: ignore[no-any-return]
 
-    async def _ask(self, what: str, call: Callable[[], Awaitable[T]]) -> T:
-        """What ``call`` gives, tried again for a while after errors that pass."""
+    async def _ask(self, what: str, call: Callable[[], Awaitable[T]], *, needs: str) -> T:
+        """What ``call`` gives, tried again for a while after errors that pass. ``needs``: see ``why_failed``."""
         deadline_s = time.monotonic() + self._request_timeout_s
         while True:
             try:
@@ -286,12 +295,13 @@ class KafkaBroker:
             except (KafkaError, TimeoutError) as error:
                 passes = getattr(error, "retriable", False) and not isinstance(error, UnknownTopicOrPartitionError)
                 if not passes or time.monotonic() > deadline_s or self._is_closed:
-                    raise await self._explain(error, what) from error
+                    why = await kafka_access.why_failed(error, what, self._brokers, self._security, needs=needs)
+                    raise why from error
             await asyncio.sleep(_RETRY_S)
 
-    async def _explain(self, error: BaseException, what: str) -> StateferryError:
-        return await kafka_address.why_failed(error, what, self._brokers)
+    async def _why_not_appended(self, error: BaseException, tp: TopicPartition) -> StateferryError:
+        return await kafka_access.why_not_appended(error, tp, self._brokers, self._security)
 
     @property
     def _where(self) -> str:
-        return kafka_address.shown(self._brokers)
+        return shown(self._brokers)
