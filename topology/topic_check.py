@@ -10,7 +10,8 @@ from typing import Final, NamedTuple
 
 from pipeline.errors import SettingsConflict
 from pipeline.generation import GENERATIONS_TOPIC, Generation
-from topology.transports.base import RECORD_BYTES_MAX, Broker, TopicFacts
+from topology import topics
+from topology.transports.base import RECORD_BYTES_MAX, Broker, TopicFacts, TopicSpec
 
 BATCH_HEADER_BYTES: Final = 1024
 """More than a batch of one record takes above it."""
@@ -34,24 +35,25 @@ class Problem(NamedTuple):
         )
 
 
-def topics_of(generation: Generation | None) -> list[str]:
-    """Names of a chain's topics; before its first generation, those that it will have."""
+def topics_of(generation: Generation | None, *, shards: int = 1) -> list[TopicSpec]:
+    """A chain's topics; before its first generation, those that it will have with so many ``shards``."""
     if generation is None:
-        generation = Generation(generation=bytes(16), chain_id="")
-    return [GENERATIONS_TOPIC, generation.blocks_topic, generation.diffs_topic]
+        generation = Generation(generation=bytes(16), chain_id="", shards=shards)
+    return [TopicSpec(name=GENERATIONS_TOPIC, partitions=1), *topics.specs_of(generation)]
 
 
-def problems_of(topic: str, facts: TopicFacts) -> list[Problem]:
+def problems_of(spec: TopicSpec, facts: TopicFacts) -> list[Problem]:
     """Everything that would lose or reorder records of a topic."""
     found = []
-    config = facts.config
-    if facts.partitions != 1:
-        found.append(Problem(topic, f"has {facts.partitions} partitions, and order needs exactly one", ""))
-    if config.get("cleanup.policy", "delete") != "delete":
+    topic, config = spec.name, facts.config
+    if facts.partitions != spec.partitions:
+        wanted = "exactly one" if spec.partitions == 1 else f"{spec.partitions}, one a shard"
+        found.append(Problem(topic, f"has {facts.partitions} partitions, and order needs {wanted}", ""))
+    if not spec.compacted and config.get("cleanup.policy", "delete") != "delete":
         what = f"is cleaned up by {config['cleanup.policy']}, which takes records out of the middle"
         found.append(Problem(topic, what, "cleanup.policy=delete"))
     for setting, when in _KEEPS.items():
-        if config.get(setting, "-1") != "-1":
+        if not spec.compacted and config.get(setting, "-1") != "-1":
             what = f"has {setting}={config[setting]}: the broker deletes records {when}, archived or not"
             found.append(Problem(topic, what, f"{setting}=-1"))
     needed = RECORD_BYTES_MAX + BATCH_HEADER_BYTES
@@ -61,9 +63,9 @@ def problems_of(topic: str, facts: TopicFacts) -> list[Problem]:
     return found
 
 
-async def problems(broker: Broker, names: Sequence[str]) -> list[Problem]:
+async def problems(broker: Broker, specs: Sequence[TopicSpec]) -> list[Problem]:
     """Of several topics. Raises NotFound for one that is not there."""
-    return [problem for name in names for problem in problems_of(name, await broker.describe(name))]
+    return [problem for spec in specs for problem in problems_of(spec, await broker.describe(spec.name))]
 
 
 async def check(broker: Broker, generation: Generation, prefix: str) -> None:

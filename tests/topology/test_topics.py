@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from pipeline.errors import NotFound, SettingsConflict
+from pipeline.errors import NotFound, SettingsConflict, UsageError
 from tests.chains import block_files
 from tests.topology.commands import Site
 from topology.topic_check import problems_of
-from topology.transports.base import TopicFacts
+from topology.transports.base import TopicFacts, TopicSpec
 
 NAMES = ["generations", "blocks", "diffs"]
 GOOD = {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1", "max.message.bytes": "1114112"}
@@ -95,6 +95,36 @@ def test_wrong_topics_are_refused(
 )
 def test_problems(facts: TopicFacts, count: int) -> None:
     """Every problem is named, not only the first."""
-    found: list[Any] = problems_of("diffs", facts)
+    found: list[Any] = problems_of(TopicSpec(name="diffs", partitions=1), facts)
 
     assert len(found) == count
+
+
+def test_problems_of_shards() -> None:
+    """A topic with a partition a shard must have them all; a compacted one may lose what is old."""
+    compacted = TopicFacts(partitions=1, config=GOOD | {"cleanup.policy": "compact", "retention.ms": "1"})
+
+    assert [one.what for one in problems_of(TopicSpec(name="diffs", partitions=4), TopicFacts(partitions=2, config={}))]
+    assert problems_of(TopicSpec(name="anchors", partitions=1, compacted=True), compacted) == []
+
+
+@pytest.mark.usefixtures("each_broker")
+def test_topics_of_shards(tmp_path: Path) -> None:
+    """The topics say how many shards the first generation gets; from then on the generation does."""
+    site = Site(tmp_path)
+    site.here("topics", "create", "--shards", 3).failed(UsageError)
+    made = site.here("topics", "create", "--shards", 4).ok()
+    names = ["generations", "blocks", "diffs", "shard-blocks", "anchors"]
+    assert [(topic["topic"], topic["partitions"]) for topic in made] == [
+        (site.place.prefix + name, 4 if name in ("diffs", "shard-blocks") else 1) for name in names
+    ]
+    assert site.here("topics", "create").ok() == made
+    assert site.here("topics", "check").ok()["problems"] == []
+    site.here("ingest", "synthetic", "--blocks", 1, "--shards", 2).failed(SettingsConflict)
+    site.here("ingest", "synthetic", "--blocks", 1).ok()
+    site.here("ingest", "synthetic", "--blocks", 1, "--shards", 2).failed(SettingsConflict)
+    site.here("topics", "create", "--shards", 1).failed(SettingsConflict)
+
+    assert site.here("generation", "show").ok()["shards"] == 4
+    if site.place.is_kafka:
+        assert made[-1]["config"]["cleanup.policy"] == "compact"

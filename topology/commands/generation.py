@@ -109,6 +109,7 @@ def _document(found: Generation) -> dict[str, Any]:
         "previous": found.previous.hex() if found.number > 1 else None,
         "base": topics.ref_text(found.base),
         "base_manifest": found.base_manifest or None,
+        "shards": found.shards,
         "blocks_topic": found.blocks_topic,
         "diffs_topic": found.diffs_topic,
     }

@@ -8,7 +8,9 @@ from typing import Any
 import click
 
 from pipeline.errors import NotFound, SettingsConflict
+from pipeline.shards import SHARDS_MAX
 from topology import topic_check, topics
+from topology.commands.acls import acls_command
 from topology.commands.common import ask_broker, common_options, emit
 from topology.settings import Settings
 from topology.transports.base import Broker, TopicSpec
@@ -19,19 +21,30 @@ def topics_group() -> None:
     """What a chain's topics are, whether they keep every record, and making them.
 
     There are three, of one partition each: `generations`, `blocks` and `diffs`. A later generation has its own `blocks`
-    and `diffs`. Workers need no others.
+    and `diffs`. With several shards `diffs` has a partition for each, as `shard-blocks` has, and there is a compacted
+    topic `anchors`. Workers need no others.
     """
 
 
+topics_group.add_command(acls_command)
+
+
 @topics_group.command("create")
+@click.option(
+    "--shards",
+    type=int,
+    help=f"Of the first generation, which is fixed by them: a power of two up to {SHARDS_MAX}. [default: 1]",
+)
 @common_options
-def create(settings: Settings, as_json: bool) -> None:
+def create(settings: Settings, shards: int | None, as_json: bool) -> None:
     """Make the topics that are missing. Doing it again changes nothing."""
 
     async def make(broker: Broker) -> list[dict[str, Any]]:
-        names = topic_check.topics_of(await topics.current_generation(broker))
-        await broker.ensure_topics([TopicSpec(name=name, partitions=1) for name in names])
-        return [await _described(broker, name, settings.topic_prefix) for name in names]
+        generation = await topics.current_generation(broker)
+        topics.check_shards(shards, generation)
+        specs = topic_check.topics_of(generation, shards=shards or await topics.shards_of_topics(broker))
+        await broker.ensure_topics(specs)
+        return [await _described(broker, spec.name, settings.topic_prefix) for spec in specs]
 
     _show(_run(settings, make), as_json=as_json)
 
@@ -42,8 +55,7 @@ def describe(settings: Settings, as_json: bool) -> None:
     """The topics as the broker has them. Ends with 13 if one is not there."""
 
     async def look(broker: Broker) -> list[dict[str, Any]]:
-        names = topic_check.topics_of(await topics.current_generation(broker))
-        return [await _described(broker, name, settings.topic_prefix) for name in names]
+        return [await _described(broker, spec.name, settings.topic_prefix) for spec in await _specs(broker)]
 
     _show(_run(settings, look), as_json=as_json)
 
@@ -54,8 +66,8 @@ def check(settings: Settings, as_json: bool) -> None:
     """Whether the topics keep every record in order. Ends with 2, and the commands that mend them, if not."""
 
     async def look(broker: Broker) -> tuple[list[str], list[topic_check.Problem]]:
-        names = topic_check.topics_of(await topics.current_generation(broker))
-        return names, await topic_check.problems(broker, names)
+        specs = await _specs(broker)
+        return [spec.name for spec in specs], await topic_check.problems(broker, specs)
 
     names, found = _run(settings, look)
     prefix = settings.topic_prefix
@@ -69,9 +81,15 @@ def check(settings: Settings, as_json: bool) -> None:
     emit(document, as_json=as_json, text=lambda: f"{', '.join(prefix + name for name in names)}: as they must be")
 
 
+async def _specs(broker: Broker) -> list[TopicSpec]:
+    return topic_check.topics_of(await topics.current_generation(broker), shards=await topics.shards_of_topics(broker))
+
+
 async def _described(broker: Broker, name: str, prefix: str) -> dict[str, Any]:
+    """``first`` and ``end``: of all partitions, added up."""
     facts = await broker.describe(name)
-    first, end = await broker.bounds(name, 0)
+    bounds = [await broker.bounds(name, partition) for partition in range(facts.partitions)]
+    first, end = map(sum, zip(*bounds, strict=True))
     config = {setting: facts.config[setting] for setting in _SHOWN if setting in facts.config}
     return {"topic": prefix + name, "partitions": facts.partitions, "first": first, "end": end, "config": config}
 
@@ -85,9 +103,8 @@ _SHOWN = (
 def _show(found: list[dict[str, Any]], *, as_json: bool) -> None:
     def line(topic: dict[str, Any]) -> str:
         config = " ".join(f"{name}={value}" for name, value in topic["config"].items())
-        return (
-            f"{topic['topic']}  {topic['partitions']} partition, [{topic['first']}, {topic['end']})  {config}".rstrip()
-        )
+        partitions = f"{topic['partitions']} partition{'' if topic['partitions'] == 1 else 's'}"
+        return f"{topic['topic']}  {partitions}, [{topic['first']}, {topic['end']})  {config}".rstrip()
 
     emit(found, as_json=as_json, text=lambda: "\n".join(map(line, found)))
 

@@ -48,6 +48,7 @@ class TopicSpec:
 
     name: str
     partitions: int  # 1 or more; fixed for the life of the topic
+    compacted: bool = False  # of records with the same key the last one is enough; a broker may keep all of them
 
     def __post_init__(self) -> None:
         if not self.name or self.partitions < 1:
