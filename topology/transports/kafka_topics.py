@@ -23,6 +23,11 @@ TOPIC_CONFIG: Final = {
     "compression.type": "producer",  # as they come: frames and events are compressed
 }
 """What every topic of ours is created with."""
+COMPACTED_CONFIG: Final = {
+    "cleanup.policy": "compact",
+    "segment.bytes": str(16 << 20),  # what is still written to is never compacted
+}
+"""What a compacted one has instead."""
 _BROKER_DEFAULT: Final = -1
 
 
@@ -46,7 +51,7 @@ class Admin(AIOKafkaAdminClient):  # type: ignore[misc]
             num_partitions=spec.partitions,
             replication_factor=_BROKER_DEFAULT,
             replica_assignments={},
-            topic_configs=TOPIC_CONFIG,
+            topic_configs=TOPIC_CONFIG | (COMPACTED_CONFIG if spec.compacted else {}),
         )
         created = await self.create_topics([topic])
         _, code, reason = created.topic_errors[0]
