@@ -74,6 +74,8 @@ class Application:
             key_serializer="raw",
         )
         self.app.kafka_security = security
+        # A producer asks for an id, which takes a permission to write.
+        self.app.boot_strategy.enable_kafka_producer = node.role is Role.PRIMARY
         self.app.stored_offsets = self._stored_offsets
         self._diffs = self._topic(generation.diffs_topic)
         self.app.agent(self._diffs, name="replicator", isolated_partitions=True)(replicator.make_agent(node))

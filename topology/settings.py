@@ -23,7 +23,12 @@ CHAIN_DEFAULT = "bitcoin"
 class Settings(BaseSettings):
     """One process's settings. Every buffer's bound stands here, in bytes."""
 
-    model_config = SettingsConfigDict(env_prefix="STATEFERRY_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="STATEFERRY_",
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,  # somebody may have written a password where the path of its file belongs
+    )
 
     broker: str = ""
     """URL of the broker; empty: the embedded log in the data directory."""

@@ -20,10 +20,9 @@ from tests.kafka.fixtures import Place
 from tests.kafka.server import Server
 from topology.transports.base import TopicSpec
 from topology.transports.factory import KAFKA_SCHEME, faust_urls, open_broker
-from topology.transports.kafka_access import check_access, why_not_appended
+from topology.transports.kafka_access import check_access, why_failed
 from topology.transports.kafka_address import Address, addresses
 from topology.transports.kafka_appends import Appends
-from topology.transports.kafka_security import PLAINTEXT
 
 ALL = 1 << 40
 
@@ -171,7 +170,7 @@ class Producer:
 
 async def explain(error: BaseException, tp: TopicPartition) -> StateferryError:
     await asyncio.sleep(0.01)  # as long as a look at the network takes
-    return await why_not_appended(error, tp, [], PLAINTEXT)
+    return await why_failed(error, tp.topic, [])
 
 
 class TestAppends:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 from aiokafka import TopicPartition
-from aiokafka.errors import NoOffsetForPartitionError, OffsetOutOfRangeError
+from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 from aiokafka.partitioner import DefaultPartitioner
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
@@ -83,8 +83,11 @@ class Producer(driver.Producer):  # type: ignore[misc]
         return producer_settings(request_timeout_s=self.request_timeout)
 
     async def on_start(self) -> None:
-        """Connect."""
-        await super().on_start()
+        """Connect. Raises ``BrokerUnavailable``, ``AccessDenied``."""
+        try:
+            await super().on_start()
+        except KafkaError as error:
+            raise await self.transport.why_failed(error, "a producer", needs="WRITE on a topic") from error
         self._appends = Appends(self._producer, self._why_not_appended)
 
     async def on_stop(self) -> None:
@@ -128,7 +131,10 @@ class Producer(driver.Producer):  # type: ignore[misc]
             await self._appends.flush()
 
     async def _why_not_appended(self, error: BaseException, tp: TopicPartition) -> StateferryError:
-        return await kafka_access.why_not_appended(error, tp, self.transport.brokers, self.transport.security)
+        why: StateferryError = await self.transport.why_failed(
+            error, f"{tp.topic}[{tp.partition}]", needs=f"WRITE on topic {tp.topic}"
+        )
+        return why
 
 
 async def _placed(offset: Awaitable[int], tp: TP, timestamp: float | None) -> RecordMetadata:
@@ -142,11 +148,11 @@ class Transport(driver.Transport):  # type: ignore[misc]
     Producer: ClassVar[type[Producer]] = Producer
 
     @property
-    def security(self) -> Security:
-        """What the application set as ``kafka_security``."""
-        return getattr(self.app, "kafka_security", PLAINTEXT)
-
-    @property
     def brokers(self) -> list[Address]:
         """The cluster's brokers, as the application named them."""
         return [Address(url.host or "", url.port or PORT_DEFAULT) for url in self.url]
+
+    async def why_failed(self, error: BaseException, what: str, *, needs: str) -> StateferryError:
+        """See ``kafka_access.why_failed``. The application says with ``kafka_security`` how it connects."""
+        security: Security = getattr(self.app, "kafka_security", PLAINTEXT)
+        return await kafka_access.why_failed(error, what, self.brokers, security, needs=needs)

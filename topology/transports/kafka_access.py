@@ -13,7 +13,6 @@ import ssl
 from collections.abc import Sequence
 from typing import Final
 
-from aiokafka import TopicPartition
 from aiokafka.conn import AIOKafkaConnection, create_conn
 from aiokafka.errors import (
     ClusterAuthorizationFailedError,
@@ -309,14 +308,6 @@ async def why_failed(
                 return denied
     said = str(error) or type(error).__name__
     return BrokerUnavailable(f"{what}: the broker did not do it: {said}", where=shown(brokers), way_out=_START)
-
-
-async def why_not_appended(
-    error: BaseException, tp: TopicPartition, brokers: Sequence[Address], security: Security
-) -> StateferryError:
-    """The same of an append."""
-    what = f"{tp.topic}[{tp.partition}]"
-    return await why_failed(error, what, brokers, security, needs=f"WRITE on topic {tp.topic}")
 
 
 def not_authorized(what: str, needs: str, brokers: Sequence[Address], security: Security) -> NotAuthorized:

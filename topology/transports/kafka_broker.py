@@ -300,7 +300,8 @@ class KafkaBroker:
             await asyncio.sleep(_RETRY_S)
 
     async def _why_not_appended(self, error: BaseException, tp: TopicPartition) -> StateferryError:
-        return await kafka_access.why_not_appended(error, tp, self._brokers, self._security)
+        what, needs = f"{tp.topic}[{tp.partition}]", f"WRITE on topic {tp.topic}"
+        return await kafka_access.why_failed(error, what, self._brokers, self._security, needs=needs)
 
     @property
     def _where(self) -> str:
