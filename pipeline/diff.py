@@ -59,16 +59,20 @@ class Diff:
 
     def advance(self, vectors: Vectors) -> dict[int, bytes]:
         """The vectors after this diff, from those before it: what a replica computes for itself."""
-        after = dict(vectors)
+        return lthash.combine(vectors, self.gains())
+
+    def gains(self) -> dict[int, bytes]:
+        """What this diff adds to the vectors of the tables it changes."""
+        gains: dict[int, bytes] = {}
         for table_id, table in self.tables.items():
-            accumulator = lthash.Accumulator(vectors[table_id])
+            accumulator = lthash.Accumulator()
             accumulator.add(lthash.elements(table_id, table.created_keys, table.created_values))
             accumulator.subtract(lthash.elements(table_id, table.deleted_keys, table.deleted_befores))
             if table.updated_keys:
                 accumulator.add(lthash.elements(table_id, table.updated_keys, table.updated_afters))
                 accumulator.subtract(lthash.elements(table_id, table.updated_keys, table.updated_befores))
-            after[table_id] = accumulator.vector()
-        return after
+            gains[table_id] = accumulator.vector()
+        return gains
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from struct import Struct
+from typing import NamedTuple
 
 import xxhash
 from blake3 import blake3
@@ -150,14 +151,31 @@ def frame_id(header: Header, content_digests: Mapping[int, bytes]) -> bytes:
     return blake3(b"".join(parts)).digest()
 
 
-def encode(header: Header, body: bytes) -> bytes:
-    """A whole frame. The body is compressed with ``header.codec``, or left as it is where that would not help."""
-    is_own = Feature.SELF_CONTAINED in header.required  # written by every node, sent by none
+class Packed(NamedTuple):
+    """A frame's body as it stands in the frame."""
+
+    codec: Codec
+    data: bytes
+    raw_bytes: int
+
+
+def pack(body: bytes, body_codec: Codec, *, is_own: bool = False) -> Packed:
+    """A body compressed, or as it is where that would not help. ``is_own``: written by every node, sent by none."""
     level = codec.ZSTD_LEVEL_FAST if is_own else codec.ZSTD_LEVEL
-    packed = codec.compress(body, header.codec, zstd_level=level)
-    if len(packed) >= len(body) and header.codec is not Codec.NONE:
-        header, packed = replace(header, codec=Codec.NONE), body
-    _check(header, len(body))
+    packed = codec.compress(body, body_codec, zstd_level=level)
+    if len(packed) >= len(body):
+        return Packed(Codec.NONE, body, len(body))
+    return Packed(body_codec, packed, len(body))
+
+
+def encode(header: Header, body: bytes) -> bytes:
+    """A whole frame, its body packed with ``header.codec``."""
+    return join(header, pack(body, header.codec, is_own=Feature.SELF_CONTAINED in header.required))
+
+
+def join(header: Header, packed: Packed) -> bytes:
+    """A whole frame, of a body that is packed already."""
+    _check(header, packed.raw_bytes)
     tables = sorted(header.table_roots)
     start = b"".join(
         (
@@ -165,7 +183,7 @@ def encode(header: Header, body: bytes) -> bytes:
                 MAGIC,
                 VERSION,
                 header.kind,
-                header.codec,
+                packed.codec,
                 header.required,
                 header.optional,
                 header.generation,
@@ -191,12 +209,12 @@ def encode(header: Header, body: bytes) -> bytes:
                 header.input_digest,
                 header.block_time_s,
                 header.op_count,
-                len(body),
-                len(packed),
+                packed.raw_bytes,
+                len(packed.data),
                 len(tables),
             ),
             *(_TABLE_ROOT.pack(table_id, header.table_roots[table_id]) for table_id in tables),
-            packed,
+            packed.data,
         )
     )
     return start + xxhash.xxh3_128_digest(start)

@@ -4,23 +4,28 @@
 frames are produced in order. When one is read back, its digest is that of the oldest proposal and the step prepared
 for it is accepted without decoding it again. A valid EPOCH of somebody else means that this writer is no longer in
 force: nothing that it proposed and did not read back has taken effect, here or anywhere.
+
+Most of a frame's work needs nothing of the frame before it: `begin` nets the block, lays what it writes on the dirty
+layers, and hands that work to whoever seals (`pipeline.seal`), maybe in another process. `finish` links what came back
+into a frame. So the next block is read and netted while this one is hashed.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from pipeline import chunk, frame, walk
-from pipeline.apply import apply_block
+from pipeline.apply import Effect, apply_block
 from pipeline.block import Block, Event
 from pipeline.codec import Codec
-from pipeline.delta import encode_references
-from pipeline.diff import join_tables
+from pipeline.commitment import lthash
 from pipeline.errors import Fenced, SeqConflict
 from pipeline.frame import Header, Kind
 from pipeline.position import LogMark, Meta, Tip
 from pipeline.replica import Applied, Ended, Next, Outcome, Reign, Replica, Step, as_whole
+from pipeline.seal import Seal, Sealer, seal_at_once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +46,16 @@ class Reading:
     last: int
     digest: bytes
     previous_digest: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Draft:
+    """A block's frame, but for what depends on the frames before it. ``header`` lacks roots, links and id."""
+
+    header: Header
+    effect: Effect
+    counts: dict[int, int]
+    sealing: Future[Seal]
 
 
 def epoch_frame(meta: Meta, writer: bytes) -> bytes:
@@ -64,30 +79,61 @@ def epoch_frame(meta: Meta, writer: bytes) -> bytes:
 class Primary:
     """Proposes on top of a `Replica` whose meta names this writer as the one in force.
 
-    * `ahead` is the meta as it will be when everything proposed was read back.
-    * Proposals are read back in the order in which they were made.
+    * `ahead` is the meta as it will be when everything begun was read back. While `is_sealing`, its roots, its frame id
+      and its vectors are not known yet: those in it are older.
+    * Proposals are finished and read back in the order in which they were begun.
     """
 
     def __init__(
-        self, replica: Replica, *, codec: Codec = Codec.ZSTD, record_bytes_max: int = chunk.RECORD_BYTES_MAX
+        self,
+        replica: Replica,
+        *,
+        codec: Codec = Codec.ZSTD,
+        record_bytes_max: int = chunk.RECORD_BYTES_MAX,
+        sealer: Sealer = seal_at_once,
     ) -> None:
         self.replica = replica
         self.ahead = replica.meta
         self._codec = codec
         self._record_bytes_max = record_bytes_max
+        self._sealer = sealer
+        self._last = replica.meta  # as it will be when everything finished was read back
+        self._begun: deque[_Draft | Proposal] = deque()
         self._proposed: deque[Proposal] = deque()
         self.proposed_bytes = 0  # of the records in flight
 
     @property
     def in_flight(self) -> int:
-        return len(self._proposed)
+        """Frames begun and not read back."""
+        return len(self._begun) + len(self._proposed)
+
+    @property
+    def begun(self) -> int:
+        """Frames begun and not finished."""
+        return len(self._begun)
+
+    @property
+    def is_sealing(self) -> bool:
+        return any(isinstance(begun, _Draft) for begun in self._begun)
+
+    @property
+    def sealing(self) -> Future[Seal] | None:
+        """What `finish` would wait for."""
+        oldest = self._begun[0] if self._begun else None
+        return oldest.sealing if isinstance(oldest, _Draft) else None
 
     # Proposing
 
     def propose(self, event: Event, reading: Reading) -> list[Proposal]:
-        """The frames that follow from an event, pushed as dirty layers. Empty for an event that is ignored.
+        """The frames that follow from an event, begun and finished. Raises as `begin` does."""
+        self.begin(event, reading)
+        return [self.finish() for _ in range(self.begun)]
 
-        Raises what `walk.plan` and `apply_block` raise; nothing of the event is kept then.
+    def begin(self, event: Event, reading: Reading) -> None:
+        """Start the frames that follow from an event, on dirty layers: none for an event that is ignored.
+
+        A rewind needs the roots of what it takes back: it must not be begun while `is_sealing`. Raises what `walk.plan`
+        and `apply_block` raise; nothing of the event is kept then.
         """
         ahead = self.ahead
         at = walk.Stand(
@@ -100,61 +146,84 @@ class Primary:
         )
         match walk.plan(event, at, lambda height: self.replica.header_at(height + 1).parent_hash):
             case walk.Ignore():
-                return []
+                pass
             case walk.Reign(source=(epoch, writer)):
                 self.ahead = replace(ahead, source_epoch=epoch, source_writer=writer)
-                return []
             case walk.Apply(block=block, walk=number):
                 done = LogMark(next_offset=reading.last + 1, last_digest=reading.digest)
-                return [self._apply(block, number, done)]
+                self._begin_block(block, number, done)
             case walk.Undo(count=count, walk=number):
+                assert not self.is_sealing
                 again = LogMark(next_offset=reading.first, last_digest=reading.previous_digest)
                 done = LogMark(next_offset=reading.last + 1, last_digest=reading.digest)
-                return [
-                    self._undo(number, done) if left == 0 else self._undo(ahead.walk, again)
-                    for left in range(count - 1, -1, -1)
-                ]
+                for left in range(count - 1, -1, -1):
+                    self._begun.append(self._undo(number, done) if left == 0 else self._undo(ahead.walk, again))
 
-    def _apply(self, block: Block, number: int, done: LogMark) -> Proposal:
-        before = self.ahead.tip
+    def finish(self) -> Proposal:
+        """The frame begun first, computed: it is in flight from here on. Waits for its seal."""
+        begun = self._begun[0]
+        proposal = begun if isinstance(begun, Proposal) else self._link(begun, begun.sealing.result())
+        self._begun.popleft()
+        self._proposed.append(proposal)
+        self.proposed_bytes += sum(map(len, proposal.records))
+        return proposal
+
+    def _begin_block(self, block: Block, number: int, done: LogMark) -> None:
+        ahead = self.ahead
         applied = apply_block(block, self.replica.layers.read)
-        after = Tip(
-            ref=block.ref,
-            vectors=applied.diff.advance(before.vectors),
-            seq=self.ahead.seq + 1,
-            counts=applied.diff.count(before.counts),
-        )
-        created = applied.diff.created()
-        body = applied.diff.encode(created)
+        diff = applied.diff
         header = replace(
-            self._header(Kind.APPLY, number, done, after),
+            self._header(Kind.APPLY, number, done),
             ref=block.ref,
             parent_hash=block.parent_hash,
             block_time_s=block.time_s,
-            op_count=applied.diff.op_count,
+            op_count=diff.op_count,
         )
-        header = replace(header, frame_id=frame.frame_id(header, body.digests))
-        whole = frame.encode(as_whole(header), join_tables(body.columns))
-        references = {
-            table_id: encode_references(table, applied.shared[table_id], created[table_id])
-            for table_id, table in applied.diff.tables.items()
-        }
-        step = Step(header=header, effect=applied.effect, before=before, after=after, whole=whole)
-        return self._propose(step, frame.encode(header, join_tables(references)))
+        sealing = self._sealer(diff, applied.shared, self._codec)
+        counts = diff.count(ahead.tip.counts)
+        self.replica.lay(header.seq, applied.effect)
+        self._begun.append(_Draft(header=header, effect=applied.effect, counts=counts, sealing=sealing))
+        after = replace(ahead.tip, ref=block.ref, seq=header.seq, counts=counts)
+        self.ahead = ahead.after(header, after, offset=0, digest=b"")
+
+    def _link(self, draft: _Draft, seal: Seal) -> Proposal:
+        """A draft on top of the frame finished before it."""
+        before = self._last.tip
+        after = Tip(
+            ref=draft.header.ref,
+            vectors=lthash.combine(before.vectors, seal.gains),
+            seq=draft.header.seq,
+            counts=draft.counts,
+        )
+        header = self._linked(draft.header, after)
+        header = replace(header, frame_id=frame.frame_id(header, seal.digests))
+        whole = frame.join(as_whole(header), seal.whole)
+        step = Step(header=header, effect=draft.effect, before=before, after=after, whole=whole)
+        self.replica.pushed(step)
+        proposal = self._cut(step, frame.join(header, seal.wire))
+        if not any(isinstance(begun, _Draft) for begun in list(self._begun)[1:]):
+            ahead = self.ahead
+            self.ahead = replace(self._last, source_epoch=ahead.source_epoch, source_writer=ahead.source_writer)
+        return proposal
 
     def _undo(self, number: int, done: LogMark) -> Proposal:
         undone = self.replica.entry(self.ahead.tip.seq)
         header = replace(
-            self._header(Kind.UNDO, number, done, undone.before),
+            self._header(Kind.UNDO, number, done),
             ref=undone.header.ref,
             parent_hash=undone.header.parent_hash,
             block_time_s=undone.header.block_time_s,
         )
+        header = self._linked(header, undone.before)
         header = replace(header, frame_id=frame.frame_id(header, undone.digests))
         step = self.replica.undo_step(header, undone, self.ahead.tip)
-        return self._propose(step, frame.encode(header, b""))
+        self.replica.push(step)
+        proposal = self._cut(step, frame.encode(header, b""))
+        self.ahead = self._last
+        return proposal
 
-    def _header(self, kind: Kind, number: int, done: LogMark, after: Tip) -> Header:
+    def _header(self, kind: Kind, number: int, done: LogMark) -> Header:
+        """What is known of the next frame before those below it are finished."""
         ahead = self.ahead
         return Header(
             kind=kind,
@@ -169,15 +238,22 @@ class Primary:
             walk=number,
             source_epoch=ahead.source_epoch,
             source_writer=ahead.source_writer,
-            prev_root=ahead.tip.root,
-            post_root=after.root,
-            prev_frame_id=ahead.frame_id,
             next_input_offset=done.next_offset,
             input_digest=done.last_digest or frame.NO_HASH,
+            table_roots={},
+        )
+
+    def _linked(self, header: Header, after: Tip) -> Header:
+        last = self._last
+        return replace(
+            header,
+            prev_root=last.tip.root,
+            post_root=after.root,
+            prev_frame_id=last.frame_id,
             table_roots=after.table_roots,
         )
 
-    def _propose(self, step: Step, message: bytes) -> Proposal:
+    def _cut(self, step: Step, message: bytes) -> Proposal:
         header = step.header
         records = chunk.cut(
             message,
@@ -187,12 +263,8 @@ class Primary:
             number=header.seq,
             record_bytes_max=self._record_bytes_max,
         )
-        proposal = Proposal(step=step, records=records, digest=frame.digest_of(message))
-        self.replica.push(step)
-        self._proposed.append(proposal)
-        self.proposed_bytes += sum(map(len, records))
-        self.ahead = self.ahead.after(header, step.after, offset=0, digest=b"")
-        return proposal
+        self._last = self._last.after(header, step.after, offset=0, digest=b"")
+        return Proposal(step=step, records=records, digest=frame.digest_of(message))
 
     # Reading back
 

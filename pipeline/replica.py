@@ -240,7 +240,16 @@ class Replica:
 
     def push(self, step: Step) -> None:
         """Make a computed step readable."""
-        self.layers.push(step.header.seq, step.effect.writes, held_bytes=_STEP_BYTES + len(step.whole))
+        self.lay(step.header.seq, step.effect)
+        self.pushed(step)
+
+    def lay(self, seq: int, effect: Effect) -> None:
+        """Make what a step does readable, before the step itself is `pushed`."""
+        self.layers.push(seq, effect.writes)
+
+    def pushed(self, step: Step) -> None:
+        """The step whose effect was laid."""
+        self.layers.hold(step.header.seq, _STEP_BYTES + len(step.whole))
         self._steps[step.header.seq] = step
 
     def accept(self, step: Step, *, offset: int, digest: bytes) -> None:

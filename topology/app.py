@@ -60,8 +60,8 @@ class Application:
             stream_buffer_maxsize=STREAM_BUFFER_RECORDS,
             broker_max_poll_records=POLL_RECORDS_MAX,
             consumer_group_instance_id=node.data_dir.node_id,  # a killed worker has its partitions back at once
-            broker_session_timeout=10.0,
-            broker_heartbeat_interval=1.0,
+            broker_session_timeout=node.settings.session_timeout_s,
+            broker_heartbeat_interval=node.settings.session_timeout_s / 10,
             broker_max_poll_interval=86_400.0,  # a paused partition is not a dead worker
             producer_request_timeout=60.0,  # the default would hold a primary for 20 minutes
             topic_disable_leader=True,
@@ -80,7 +80,7 @@ class Application:
         self._diffs = self._topic(generation.diffs_topic)
         self.app.agent(self._diffs, name="replicator", isolated_partitions=True)(replicator.make_agent(node))
         if node.role is Role.PRIMARY:
-            agent = applier.make_agent(node, acknowledgements=self._acknowledgements)
+            agent = applier.make_agent(node)
             self.app.agent(self._topic(generation.blocks_topic), name="applier", isolated_partitions=True)(agent)
 
     def _topic(self, name: str) -> Any:
@@ -113,8 +113,10 @@ class Application:
 
     async def run(self) -> None:
         """Start, run until the node stops, end in seconds."""
-        checking = asyncio.create_task(applier.check_acknowledgements(self.node, self._acknowledgements))
+        beside = [asyncio.create_task(applier.check_acknowledgements(self.node, self._acknowledgements))]
         await self.app.start()
+        if self.node.lead is not None:
+            beside.append(asyncio.create_task(applier.finish_begun(self.node, self._acknowledgements)))
         crashed = asyncio.create_task(self.app._crashed.wait())
         stopping = asyncio.create_task(self.node.stopping.wait())
         try:
@@ -122,9 +124,9 @@ class Application:
             if crashed.done() and not stopping.done():
                 self.node.fail(self.app._crash_reason or RuntimeError("the Faust application crashed"))
         finally:
-            for task in (checking, crashed, stopping):
+            for task in (*beside, crashed, stopping):
                 task.cancel()
-            await asyncio.gather(checking, crashed, stopping, return_exceptions=True)
+            await asyncio.gather(*beside, crashed, stopping, return_exceptions=True)
             try:
                 async with asyncio.timeout(STOP_TIMEOUT_S):
                     await self.app.stop()

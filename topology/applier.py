@@ -1,7 +1,7 @@
 """The applier: the Faust agent of a primary. Block events in, frames out.
 
-It waits for nothing but room: frames are produced as they are computed, and what the broker has acknowledged is
-checked by a task of its own, in order. A send that fails ends the worker: only the log says what became of it.
+It waits for nothing but room. Tasks of their own finish what it began and produce it, and check what the broker has
+acknowledged, both in order. A send that fails ends the worker: only the log says what became of it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,31 @@ from pipeline import failpoints
 from topology.node import Node
 
 
-def make_agent(node: Node, *, acknowledgements: asyncio.Queue[Awaitable[Any]]) -> Any:
+def make_agent(node: Node) -> Any:
     """The agent's function."""
 
     async def applier(stream: Any) -> None:
         async for event in stream.events():
             try:
-                for sent in await node.on_blocks(event.message.offset, event.message.value):
-                    await acknowledgements.put(sent)
+                await node.on_blocks(event.message.offset, event.message.value)
             except Exception as error:
                 node.fail(error)
             if node.stopping.is_set():
                 await asyncio.Event().wait()  # until the worker takes this task down: nothing more is handled
 
     return applier
+
+
+async def finish_begun(node: Node, acknowledgements: asyncio.Queue[Awaitable[Any]]) -> None:
+    """Produce every frame that the agent began, in order."""
+    assert node.lead is not None
+    while True:
+        try:
+            for sent in await node.lead.finish():
+                await acknowledgements.put(sent)
+        except Exception as error:
+            node.fail(error)
+            return
 
 
 async def check_acknowledgements(node: Node, acknowledgements: asyncio.Queue[Awaitable[Any]]) -> None:

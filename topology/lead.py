@@ -11,9 +11,11 @@ import asyncio
 import enum
 import secrets
 from collections.abc import Awaitable, Callable
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from pipeline import failpoints
+from pipeline.block import Rewind
 from pipeline.codec import Codec
 from pipeline.errors import CorruptInput, RewindTooDeep, StateferryError, WalkGap
 from pipeline.frame import Header
@@ -22,6 +24,7 @@ from pipeline.inlet import EventReader
 from pipeline.primary import Primary, epoch_frame
 from pipeline.replica import Outcome, Replica
 from topology import log_check, logs
+from topology.sealing import Sealing
 from topology.settings import Settings
 from topology.transports.base import Broker
 
@@ -60,6 +63,9 @@ class Lead:
         self._skip_to = 0  # offsets below it are void: an EPOCH at it mends what came before
         self._leading = asyncio.Event()
         self._room = asyncio.Event()
+        self._begun = asyncio.Event()  # something may be there to finish
+        self._finished = asyncio.Event()  # what was begun before is finished
+        self._sealing = Sealing()
 
     async def start(self) -> int:
         """Give up any lead and find where events are read from: the offset. After every assignment; the caller has
@@ -67,6 +73,7 @@ class Lead:
         self.primary = None
         self.state = State.FOLLOWING
         self._leading.clear()
+        self._finished.set()
         self._skip_to = 0
         self.next_blocks, self._reader = await log_check.find_events(self._broker, self._generation, self._replica)
         return self.next_blocks
@@ -83,7 +90,9 @@ class Lead:
     def meet_epoch(self, header: Header) -> None:
         """A valid EPOCH was followed: the own one opens the lead, another's has won the race."""
         if header.writer == self._writer:
-            self.primary = Primary(self._replica, codec=Codec[self._settings.codec.upper()])
+            self.primary = Primary(
+                self._replica, codec=Codec[self._settings.codec.upper()], sealer=self._sealing.submit
+            )
             self.state = State.LEADING
             self._leading.set()
             log.info("epoch_claimed", epoch=header.epoch, writer=header.writer.hex())
@@ -104,9 +113,9 @@ class Lead:
         """Something was committed."""
         self._room.set()
 
-    async def propose(self, offset: int, record: bytes) -> list[Awaitable[Any]]:
-        """The frames that follow from one record of the blocks topic, produced. Returns what is done once they are
-        durable. Raises what `Primary.propose` raises, with the record's place."""
+    async def propose(self, offset: int, record: bytes) -> None:
+        """Begin the frames that follow from one record of the blocks topic. Raises what `Primary.begin` raises, with
+        the record's place."""
         primary = self.primary
         assert primary is not None, self.state
         ahead = primary.ahead
@@ -114,20 +123,46 @@ class Lead:
         try:
             found = self._reader.feed(record, offset, source)
             if found is None or offset < self._skip_to:
-                return []
-            proposals = primary.propose(*found)
+                return
+            event, reading = found
+            if isinstance(event, Rewind):
+                while primary.is_sealing:
+                    self._finished.clear()
+                    await self._finished.wait()
+                if self.primary is not primary:
+                    return  # no longer in force: whoever leads next reads it again
+            primary.begin(event, reading)
         except (CorruptInput, WalkGap, RewindTooDeep) as error:
             # A source that published again from here made this record void.
             mend = await log_check.find_mend(self._broker, self._generation, offset + 1, source, ahead.walk)
             if mend is None:
                 raise self._located(error, offset) from error
             self._skip_to = mend
-            return []
         except StateferryError as error:
             raise self._located(error, offset) from error
-        if proposals:
-            failpoints.hit("propose.computed")
-        return [await self._produce(one) for proposal in proposals for one in proposal.records]
+        self._begun.set()
+
+    async def finish(self) -> list[Awaitable[Any]]:
+        """The frame begun first, once it is sealed, produced. Returns what is done once it is durable."""
+        while self.primary is None or not self.primary.begun:
+            self._begun.clear()
+            await self._begun.wait()
+        primary = self.primary
+        if primary.sealing is not None:
+            await asyncio.wait([asyncio.wrap_future(primary.sealing)])
+            if self.primary is not primary:
+                return []
+        try:
+            proposal = primary.finish()
+        except BrokenProcessPool as error:
+            raise StateferryError(
+                "the process that seals blocks was ended by somebody else",
+                way_out="start again; if it happens again, see whether memory runs out",
+            ) from error
+        failpoints.hit("propose.computed")
+        if not primary.is_sealing:
+            self._finished.set()
+        return [await self._produce(record) for record in proposal.records]
 
     def _located(self, error: StateferryError, offset: int) -> StateferryError:
         place = f"topic {self._generation.blocks_topic}, offset {offset}"
@@ -138,11 +173,15 @@ class Lead:
         """One record of the own partition, while leading and before."""
         return self._replica.step(record, offset) if self.primary is None else self.primary.follow(record, offset)
 
+    def close(self) -> None:
+        """Idempotent."""
+        self._sealing.close()
+
     # Being asked
 
     @property
     def in_flight(self) -> int:
-        """Frames proposed and not read back."""
+        """Frames begun and not read back."""
         return 0 if self.primary is None else self.primary.in_flight
 
     @property
@@ -159,5 +198,5 @@ class Lead:
         return self._reader.held_bytes
 
     def stands_at(self, height: int) -> bool:
-        """Whether everything up to a height is proposed."""
+        """Whether everything up to a height is begun."""
         return self.primary is not None and self.primary.ahead.tip.height >= height

@@ -90,6 +90,14 @@ class Accumulator:
         return self._lanes.astype("<u2", copy=False).tobytes()
 
 
+def combine(vectors: Mapping[int, bytes], gains: Mapping[int, bytes]) -> dict[int, bytes]:
+    """Vectors of disjoint parts, or of a state and of what a diff adds to it, summed table by table."""
+    return dict(vectors) | {
+        table_id: (_lanes_of(vectors[table_id]) + _lanes_of(gain)).astype("<u2", copy=False).tobytes()
+        for table_id, gain in gains.items()
+    }
+
+
 def table_root(vector: bytes) -> bytes:
     """BLAKE3-256 of a vector: the 32 bytes that name what a table holds."""
     return blake3(vector).digest()

@@ -1,10 +1,14 @@
 """`bench apply`: what a primary does with a block, without any broker, against a bare write of the same changes.
 
 A row `synthetic-5000` is the whole of it, per block: decode the event, read, net, LtHash, delta, compress, frame with
-its id, undo record, write, pruning beyond finality, and an archive segment every 64 blocks. The frame is read back at
-once, and every block is a commit of its own. Its baseline `writebatch-synthetic-5000` writes the same changes, decoded
-and netted beforehand, in the block's order, with one bare WriteBatch a block to a RocksDB of the same options.
-`writebatch-synthetic-5000-sorted` gets them sorted beforehand as well: the most that RocksDB can take in on one thread.
+its id, undo record, write, pruning beyond finality, and an archive segment every 64 blocks. A frame is read back as
+soon as it is finished, and every block is a commit of its own. As in a worker, a process beside it seals (hashes,
+encodes, compresses) a block while the next one is read and netted; its time and memory are not in the columns for CPU
+and memory. The row `synthetic-5000-alone` does all in one process, and shows where all the time goes.
+
+The baseline `writebatch-synthetic-5000` writes the same changes, decoded and netted beforehand, in the block's order,
+with one bare WriteBatch a block to a RocksDB of the same options. `writebatch-synthetic-5000-sorted` gets them sorted
+beforehand as well: the most that RocksDB can take in on one thread.
 
 They take turns, some blocks each. `cpu_us_per_change` is CPU time of the one thread that does it: on a machine with
 other work to do it says more than the clock on the wall, from which everything else is taken.
@@ -18,17 +22,18 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rocksdict import Rdict, WriteBatch
 
-from pipeline import frame, primary
+from pipeline import frame, primary, seal
 from pipeline.block import Block, decode_event
 from pipeline.diff import Diff
-from pipeline.frame import Feature
 from pipeline.objects.local import LocalObjects
 from pipeline.primary import Primary, Reading
 from pipeline.replica import Replica
@@ -40,6 +45,7 @@ from topology.archiver import Archiver
 from topology.bench import loads
 from topology.bench.report import Row, Stage, stages_of
 from topology.bench.workers import Worker, peak_rss_mb
+from topology.sealing import Sealing
 
 SIZES = (2_000, 5_000, 14_000)
 """Changes a block: a small block, an ordinary one of recent years, one of the fullest."""
@@ -47,7 +53,9 @@ BLOCKS = 200
 """The second half of them prunes and archives, as finality is 100."""
 REPEATS = 40
 """Times that the real block is applied."""
-_TURN_BLOCKS = 10
+_TURN_BLOCKS = 20
+_BEGUN_MAX = 2
+"""Blocks that wait for their seal: what a worker that is behind has as well."""
 
 
 class Taken(NamedTuple):
@@ -99,7 +107,7 @@ class Stopwatch:
         call = getattr(owner, attribute)
 
         def watched(*arguments: Any, **named: Any) -> Any:
-            with self.stage(name if isinstance(name, str) else name(*arguments)):
+            with self.stage(name if isinstance(name, str) else name(*arguments, **named)):
                 return call(*arguments, **named)
 
         setattr(owner, attribute, watched)
@@ -107,23 +115,21 @@ class Stopwatch:
 
 DECODE, READ, NET, LTHASH = "decode the event", "read before-values", "run, net, sort", "LtHash"
 WIRE, WHOLE = "wire: references, compress", "whole form: encode, compress, id"
+SEAL = "wait for the seal"
 WRITE, ARCHIVE = "write: state, undo, meta", "archive"
-STAGES = (DECODE, READ, NET, LTHASH, WIRE, WHOLE, WRITE, ARCHIVE)
-
-
-def _frame_stage(header: frame.Header, _: bytes) -> str:
-    return WHOLE if Feature.SELF_CONTAINED in header.required else WIRE
+STAGES = (DECODE, READ, NET, LTHASH, WIRE, WHOLE, SEAL, WRITE, ARCHIVE)
 
 
 def watch_pipeline(stopwatch: Stopwatch) -> None:
     stopwatch.watch(RocksStore, "get", READ)
     stopwatch.watch(primary, "apply_block", NET)
-    stopwatch.watch(Diff, "advance", LTHASH)
+    stopwatch.watch(Diff, "gains", LTHASH)
     stopwatch.watch(Diff, "created", WIRE)
+    stopwatch.watch(seal, "encode_references", WIRE)
     stopwatch.watch(Diff, "encode", WHOLE)
     stopwatch.watch(frame, "frame_id", WHOLE)
-    stopwatch.watch(frame, "encode", _frame_stage)
-    stopwatch.watch(primary, "encode_references", WIRE)
+    stopwatch.watch(seal, "pack", lambda *_, is_own=False: WHOLE if is_own else WIRE)
+    stopwatch.watch(Future, "result", SEAL)
     stopwatch.watch(Replica, "accept", WRITE)
     stopwatch.watch(Replica, "commit", WRITE)
 
@@ -132,7 +138,7 @@ class Applier:
     """A primary on a store of its own. Asked with events, it answers with the time they took; with None, with the
     stages and its peak memory."""
 
-    def __init__(self, path: Path, real: loads.RealBlock | None) -> None:
+    def __init__(self, path: Path, real: loads.RealBlock | None, *, alone: bool = False) -> None:
         self._store = RocksStore(path / "store")
         self._archiver = Archiver(LocalObjects(path / "objects"))
         self._replica = loads.open_replica(self._store, real, archives=real is None)
@@ -140,12 +146,14 @@ class Applier:
         self._offset = self._replica.meta.diffs.next_offset
         self._input = 0
         self._previous = b""
+        self._sealing = None if alone else Sealing()
         self._start()
         self._stopwatch = Stopwatch(STAGES)
         watch_pipeline(self._stopwatch)
 
     def _start(self) -> None:
-        self._primary = Primary(self._replica)
+        sealer = seal.seal_at_once if self._sealing is None else self._sealing.submit
+        self._primary = Primary(self._replica, sealer=sealer)
         self._primary.propose(loads.source_epoch(), self._reading(b""))
 
     def _reading(self, record: bytes) -> Reading:
@@ -159,24 +167,33 @@ class Applier:
             return self._stopwatch.seconds, peak_rss_mb()
         clock = Clock()
         for event in events:
-            if self._goes_back and self._replica.meta.tip.seq:
-                self._take_back()
+            if self._goes_back:
+                with clock:
+                    self._finish()
+                if self._replica.meta.tip.seq:
+                    self._take_back()
             with clock:
-                self._apply(event)
+                self._begin(event)
+        with clock:
+            self._finish()
         return clock.taken
 
-    def _apply(self, event: bytes) -> None:
-        replica = self._replica
+    def _begin(self, event: bytes) -> None:
         with self._stopwatch.stage(DECODE):
             decoded = decode_event(event)
-        for proposal in self._primary.propose(decoded, self._reading(event)):
-            for record in proposal.records:
+        self._primary.begin(decoded, self._reading(event))
+        self._finish(begun_max=_BEGUN_MAX)
+
+    def _finish(self, *, begun_max: int = 0) -> None:
+        replica = self._replica
+        while self._primary.begun > begun_max:
+            for record in self._primary.finish().records:
                 self._primary.follow(record, self._offset)
                 self._offset += 1
-        replica.commit()
-        if not self._goes_back:
-            with self._stopwatch.stage(ARCHIVE):
-                self._archiver.advance(replica, proven=True)
+            replica.commit()
+            if not self._goes_back:
+                with self._stopwatch.stage(ARCHIVE):
+                    self._archiver.advance(replica, proven=True)
 
     def _take_back(self) -> None:
         kept = dict(self._stopwatch.seconds)
@@ -185,6 +202,8 @@ class Applier:
         self._stopwatch.seconds |= kept
 
     def close(self) -> None:
+        if self._sealing is not None:
+            self._sealing.close()
         self._store.close()
 
 
@@ -245,8 +264,9 @@ def pair(name: str, blocks: Iterator[Block], real: loads.RealBlock | None = None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stateferry-bench-")))
         bare = stack.enter_context(Worker(BareWriter, folder / "bare", base))
         ascending = stack.enter_context(Worker(BareWriter, folder / "sorted", base))
-        whole = stack.enter_context(Worker(Applier, folder, real))
-        taken = dict.fromkeys((bare, ascending, whole), Taken())
+        alone = stack.enter_context(Worker(partial(Applier, alone=True), folder / "alone", real))
+        whole = stack.enter_context(Worker(Applier, folder / "whole", real))
+        taken = dict.fromkeys((bare, ascending, alone, whole), Taken())
         done = walk = 0
         while turn := list(islice(blocks, _TURN_BLOCKS)):
             questions: dict[Worker, list[Any]] = {worker: [] for worker in taken}
@@ -261,12 +281,15 @@ def pair(name: str, blocks: Iterator[Block], real: loads.RealBlock | None = None
                 in_order = [(key, writes[key]) for key in dict.fromkeys(keys) if key in writes]
                 questions[bare].append((in_order, back))
                 questions[ascending].append((ascends, back))
-                questions[whole].append(loads.event_of(block, walk))
+                event = loads.event_of(block, walk)
+                questions[alone].append(event)
+                questions[whole].append(event)
                 done += len(diff)
             for worker, asked in questions.items():
                 taken[worker] = taken[worker].plus(worker.ask(asked))
         _, bare_mb = bare.ask(None)
         _, ascending_mb = ascending.ask(None)
+        alone_stages, alone_mb = alone.ask(None)
         stages, whole_mb = whole.ask(None)
     baseline = f"writebatch-{name}"
 
@@ -288,4 +311,5 @@ def pair(name: str, blocks: Iterator[Block], real: loads.RealBlock | None = None
         row(baseline, bare, bare_mb),
         row(f"{baseline}-sorted", ascending, ascending_mb),
         row(name, whole, whole_mb, stages_of(stages, taken[whole].wall_s)),
+        row(f"{name}-alone", alone, alone_mb, stages_of(alone_stages, taken[alone].wall_s)),
     ]

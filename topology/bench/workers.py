@@ -29,7 +29,7 @@ class Worker:
     def __init__(self, make: Callable[..., Answering], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(there, make, arguments), daemon=True)
+        self._process = context.Process(target=_serve, args=(there, make, arguments))
         self._process.start()
         there.close()
 
