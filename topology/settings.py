@@ -34,11 +34,6 @@ class Settings(BaseSettings):
     """URL of the broker; empty: the embedded log in the data directory."""
     topic_prefix: str = ""
     """What the names of all topics begin with: several chains may share a broker."""
-    data_dir: Path = Path("stateferry-data")
-    objects: str = ""
-    """URL of the object store; empty: the folder `objects` in the data directory."""
-    chain: str = ""
-    """Chain id; empty: the one that the data directory or the broker has, else `bitcoin`."""
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_SSL"] = "PLAINTEXT"
     """Kafka's `security.protocol`. What the others need lies in files, whose paths the next ones are."""
     kafka_ca_file: Path | None = None
@@ -52,6 +47,11 @@ class Settings(BaseSettings):
     kafka_sasl_mechanism: Literal["SCRAM-SHA-512", "PLAIN"] = "SCRAM-SHA-512"
     kafka_username: str = ""
     kafka_password_file: Path | None = None
+    data_dir: Path = Path("stateferry-data")
+    objects: str = ""
+    """URL of the object store; empty: the folder `objects` in the data directory."""
+    chain: str = ""
+    """Chain id; empty: the one that the data directory or the broker has, else `bitcoin`."""
     finality: int | None = Field(default=None, ge=0, le=100_000)
     """Blocks below the highest tip that can be undone; fixed by the first primary of a generation (100)."""
     serve: Literal["proven", "claimed"] = "proven"
@@ -78,6 +78,13 @@ class Settings(BaseSettings):
             raise ValueError(f"a chain id is up to {CHAIN_ID_BYTES_MAX} letters, digits, '-' and '_'")
         return chain
 
+    @field_validator("kafka_security_protocol", mode="before")
+    @classmethod
+    def _no_password_without_tls(cls, protocol: Any) -> Any:
+        if protocol == "SASL_PLAINTEXT":
+            raise ValueError("SASL without TLS lets everybody on the way read or take over the session; use SASL_SSL")
+        return protocol
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -86,13 +93,6 @@ class Settings(BaseSettings):
         env_settings: PydanticBaseSettingsSource,
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
-    @field_validator("kafka_security_protocol", mode="before")
-    @classmethod
-    def _no_password_without_tls(cls, protocol: Any) -> Any:
-        if protocol == "SASL_PLAINTEXT":
-            raise ValueError("SASL without TLS lets everybody on the way read or take over the session; use SASL_SSL")
-        return protocol
-
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         file = Path(os.environ.get(CONFIG_VARIABLE, "stateferry.toml"))
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=file)
