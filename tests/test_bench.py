@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from click.testing import CliRunner
 from pipeline.position import decode_meta
 from pipeline.stores.base import META_KEY
 from pipeline.stores.rocksdb import RocksStore
+from tests.kafka.fixtures import Place
 from topology.bench import apply as apply_bench
-from topology.bench import loads, report
+from topology.bench import loads, processes, report
 from topology.bench.cli import bench
 from topology.bench.report import Row, stages_of
+from topology.bench.topic_bytes import appended_bytes
 from topology.bench.workers import Worker
 
 
@@ -57,6 +60,21 @@ def test_wire_compares_with_json(wire: dict[str, dict[str, Any]]) -> None:
             assert 0 < row["encode_share"] < 0.5
 
 
+def test_frames_on_a_broker_cost_little_more(wire: dict[str, dict[str, Any]]) -> None:
+    """Records, batches and pages are a few percent of a frame."""
+    loads = {name.partition("/")[0] for name in wire}
+    frames = {load: wire[f"{load}/frame"]["bytes_per_change"] for load in loads}
+
+    assert all(1 < wire[f"{load}/on-embedded-log"]["bytes_per_change"] / frames[load] < 1.05 for load in loads)
+
+
+def test_bytes_on_kafka(on_kafka: Place) -> None:
+    """A record of 1,000 bytes has 9 bytes of lengths, and its batch a head of 61."""
+    place = processes.Place(on_kafka.url, on_kafka.prefix)
+
+    assert appended_bytes(place, [bytes(1000)] * 3) == 3 * (1000 + 9 + 61)
+
+
 def test_apply_has_stages_that_sum_up() -> None:
     """Each load has its bare baselines, and stages that are all of its time."""
     rows = bench_rows("apply", "--blocks", "3", "--changes", "300", "--quick")
@@ -64,9 +82,9 @@ def test_apply_has_stages_that_sum_up() -> None:
     assert list(rows) == [
         f"{row}{load}{more}"
         for load in ("block-367891", "synthetic-300")
-        for row, more in (("writebatch-", ""), ("writebatch-", "-sorted"), ("", ""))
+        for row, more in (("writebatch-", ""), ("writebatch-", "-sorted"), ("", ""), ("", "-alone"))
     ]
-    for name in ("block-367891", "synthetic-300"):
+    for name in ("block-367891", "block-367891-alone", "synthetic-300", "synthetic-300-alone"):
         stages = rows[name]["stages"]
         assert [stage["name"] for stage in stages] == [*apply_bench.STAGES, "rest"]
         assert sum(stage["share"] for stage in stages) == pytest.approx(1)
@@ -95,8 +113,8 @@ def test_without_real_blocks_only_synthetic_rows_run(tmp_path: Path) -> None:
         bench, ["apply", "--blocks", "1", "--changes", "50", "--data", str(tmp_path), "--json"], catch_exceptions=False
     )
 
-    assert [row["name"] for row in json.loads(result.stdout)][-1] == "synthetic-50"
-    assert len(json.loads(result.stdout)) == 3
+    assert [row["name"] for row in json.loads(result.stdout)][-1] == "synthetic-50-alone"
+    assert len(json.loads(result.stdout)) == 4
     assert loads.WITHOUT_DATA.split(":", maxsplit=1)[0][:40] in result.stderr.replace("\n", " ")
 
 
@@ -119,10 +137,22 @@ def test_pipeline() -> None:
     """Real processes: all changes arrive, and lags are positive."""
     rows = bench_rows("pipeline", "--blocks", "12", "--changes", "100", "--tip-blocks", "5", "--quick")
 
-    assert list(rows) == ["apply-100", "primary-100", "replica-100", "tip-500"]
+    assert list(rows) == ["apply-100", "ingest-100", "primary-100", "replica-100", "tip-500"]
+    assert all(rows[name]["topic_bytes_per_change"] > 20 for name in ("ingest-100", "primary-100"))
     tip = rows["tip-500"]
     assert 0 < tip["primary_p50_ms"] <= tip["primary_p99_ms"]
     assert 0 < tip["replica_p50_ms"] <= tip["replica_p99_ms"]
+
+
+def test_backlog() -> None:
+    """All blocks are applied, then followed (the benchmark asserts it); memory is known in every quarter."""
+    rows = bench_rows("backlog", "--blocks", "300", "--changes", "2")
+
+    assert list(rows) == ["ingest-300", "primary-300", "replica-300"]
+    if sys.platform == "linux":
+        for name in ("primary-300", "replica-300"):
+            quarters = [rows[name][f"rss_mb_q{quarter}"] for quarter in range(1, 5)]
+            assert 10 < min(quarters) <= max(quarters) <= rows[name]["peak_rss_mb"]
 
 
 def test_stages_are_shown_under_their_row(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from topology.bench import apply as apply_bench
+from topology.bench import backlog as backlog_bench
 from topology.bench import loads, report
 from topology.bench import pipeline as pipeline_bench
 from topology.bench import reads as reads_bench
@@ -33,6 +34,10 @@ _data = click.option(
     show_default="of the checkout",
     help="Folder of the real blocks and their base coins.",
 )
+
+
+def _broker(words: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option("--broker", metavar="URL", default="", help=words)
 
 
 def _notes(data: Path) -> list[str]:
@@ -69,15 +74,17 @@ def apply(blocks: int | None, sizes: tuple[int, ...], data: Path, quick: bool, a
 
 @bench.command()
 @click.option("--blocks", type=click.IntRange(3), help="Blocks of each synthetic load.", show_default="30")
+@_broker("Also what a Kafka broker stores. [default: the embedded log alone]")
 @_data
 @_common
-def wire(blocks: int | None, data: Path, quick: bool, as_json: bool) -> None:
-    """Bytes a change on the wire, in several encodings."""
+def wire(blocks: int | None, broker: str, data: Path, quick: bool, as_json: bool) -> None:
+    """Bytes a change on the wire, in several encodings, and on a broker's disk."""
     rows = wire_bench.run(
         blocks=blocks or (6 if quick else wire_bench.BLOCKS),
         sizes=(2_000,) if quick else wire_bench.SIZES,
         repeats=4 if quick else wire_bench.REPEATS,
         data=data,
+        broker=broker,
     )
     report.show("bench wire", rows, as_json=as_json, notes=_notes(data))
 
@@ -99,12 +106,12 @@ def reads(keys: int | None, lookups: int | None, quick: bool, as_json: bool) -> 
 @click.option("--blocks", type=click.IntRange(10), help="Blocks of each row.", show_default="200")
 @click.option("--changes", "sizes", type=click.IntRange(2), multiple=True, help="Changes a block.", show_default="5000")
 @click.option("--tip-blocks", type=click.IntRange(5), help="Blocks at the tip, 100 ms apart.", show_default="100")
-@click.option("--broker", metavar="URL", default="", help="A Kafka broker. [default: an embedded log of its own]")
+@_broker("A Kafka broker to run on as well. [default: the embedded log alone]")
 @_common
 def pipeline(
     blocks: int | None, sizes: tuple[int, ...], tip_blocks: int | None, broker: str, quick: bool, as_json: bool
 ) -> None:
-    """Source, primary and replica as real processes, on the embedded log or Kafka."""
+    """Source, primary and replica as real processes, on the embedded log and on Kafka."""
     rows = pipeline_bench.run(
         blocks=blocks or (20 if quick else pipeline_bench.BLOCKS),
         sizes=sizes or ((1_000,) if quick else pipeline_bench.SIZES),
@@ -113,6 +120,21 @@ def pipeline(
         broker=broker,
     )
     report.show("bench pipeline", rows, as_json=as_json)
+
+
+@bench.command()
+@click.option("--blocks", type=click.IntRange(300), help="Blocks that wait.", show_default="100000")
+@click.option("--changes", type=click.IntRange(2), help="Changes a block.", show_default="10")
+@_broker("A Kafka broker. [default: an embedded log of its own]")
+@_common
+def backlog(blocks: int | None, changes: int | None, broker: str, quick: bool, as_json: bool) -> None:
+    """Memory of a primary and a replica that have a long way to go."""
+    rows = backlog_bench.run(
+        blocks=blocks or (3_000 if quick else backlog_bench.BLOCKS),
+        changes=changes or backlog_bench.CHANGES,
+        broker=broker,
+    )
+    report.show("bench backlog", rows, as_json=as_json)
 
 
 @bench.command()

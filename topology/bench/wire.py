@@ -5,6 +5,9 @@ it (whole keys, before- and after-values), and what a plain encoding of the nett
 what is created, nothing of what is deleted), bare and with zstd-3. The baseline of all is JSON with zstd-3.
 `hash-bytes` are the transaction hashes alone: no encoding that names keys whole can go below.
 
+`on-embedded-log` and, with `--broker`, `on-kafka` are what the frame takes on the broker's disk: its records in batches
+of their own, as they come at the tip of a chain.
+
 `encode_share` is what making the frame takes of the time of applying the block.
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgpack
@@ -27,7 +31,9 @@ from pipeline.state import UTXO
 from pipeline.stores.memory import MemoryStore
 from topology.bench import loads
 from topology.bench.apply import WIRE, Applier
+from topology.bench.processes import new_place
 from topology.bench.report import Row
+from topology.bench.topic_bytes import appended_bytes
 from topology.bench.workers import Worker
 
 SIZES = (2_000, 5_000)
@@ -37,25 +43,30 @@ REPEATS = 20
 _BASELINE = "json+zstd-3"
 
 
-def run(*, blocks: int = BLOCKS, sizes: Sequence[int] = SIZES, repeats: int = REPEATS, data: Path) -> list[Row]:
+def run(
+    *, blocks: int = BLOCKS, sizes: Sequence[int] = SIZES, repeats: int = REPEATS, data: Path, broker: str = ""
+) -> list[Row]:
     rows: list[Row] = []
     for height in (367_891, 300_025):
         real = loads.real_block(height, data)
         if real is not None:
-            rows += load_rows(f"block-{height}", [real.block], 0, real, repeats)
+            rows += load_rows(f"block-{height}", [real.block], 0, real, repeats, broker)
     for size in sizes:
         made = list(loads.synthetic_blocks(blocks, size))
-        rows += load_rows(f"synthetic-{size}", made, 2 * blocks // 3, None, repeats)
+        rows += load_rows(f"synthetic-{size}", made, 2 * blocks // 3, None, repeats, broker)
     return rows
 
 
-def load_rows(name: str, blocks: Sequence[Block], skip: int, real: loads.RealBlock | None, repeats: int) -> list[Row]:
+def load_rows(
+    name: str, blocks: Sequence[Block], skip: int, real: loads.RealBlock | None, repeats: int, broker: str
+) -> list[Row]:
     """All encodings of the blocks from ``skip`` on. ``real``: the base that the only block stands on."""
     replica = loads.open_replica(MemoryStore(), real)
     primary = Primary(replica)
     reading = Reading(first=0, last=0, digest=frame.NO_HASH, previous_digest=frame.NO_HASH)
     primary.propose(loads.source_epoch(), reading)
-    topic_bytes = archived_bytes = 0
+    archived_bytes = 0
+    records: list[bytes] = []
     diffs: list[TableDiff] = []
     for walk, block in enumerate(blocks, 1):
         (proposal,) = primary.propose(decode_event(loads.event_of(block, walk)), reading)
@@ -63,10 +74,14 @@ def load_rows(name: str, blocks: Sequence[Block], skip: int, real: loads.RealBlo
             primary.follow(record, offset)
         replica.commit()
         if walk > skip:
-            topic_bytes += sum(map(len, proposal.records))
+            records += proposal.records
             archived_bytes += len(proposal.step.whole)
             diffs.append(frame_diff(proposal.step.whole))
-    sizes: dict[str, int] = {"frame": topic_bytes, "archived": archived_bytes}
+    sizes: dict[str, int] = {"frame": sum(map(len, records)), "archived": archived_bytes}
+    with tempfile.TemporaryDirectory(prefix="stateferry-bench-") as folder:
+        sizes["on-embedded-log"] = appended_bytes(new_place("", Path(folder)), records)
+    if broker:
+        sizes["on-kafka"] = appended_bytes(new_place(broker, Path()), records)
     for encoding, encode in _ENCODINGS.items():
         raws = list(map(encode, diffs))
         sizes[encoding] = sum(map(len, raws))
@@ -95,7 +110,7 @@ def encode_share(blocks: Sequence[Block], real: loads.RealBlock | None, repeats:
     events = [loads.event_of(block, walk) for walk, block in enumerate(blocks, 1)]
     with (
         tempfile.TemporaryDirectory(prefix="stateferry-bench-") as folder,
-        Worker(Applier, Path(folder), real) as worker,
+        Worker(partial(Applier, alone=True), Path(folder), real) as worker,
     ):
         total_s: float = worker.ask(events * repeats if real is not None else events).wall_s
         stages, _ = worker.ask(None)
