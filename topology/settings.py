@@ -61,8 +61,11 @@ class Settings(BaseSettings):
     """Frames read back and not yet written, with what they change: written at the latest when there are this many."""
     ahead_bytes_max: int = Field(default=24 << 20, ge=1 << 16)
     """Blocks computed and not yet read back: the applier waits above this."""
+    session_timeout_s: float = Field(default=10.0, ge=1, le=300)
+    """A worker that the broker has not heard of for so long is dead: its partitions go to others. Brokers may allow no
+    less than 6 s (`group.min.session.timeout.ms`)."""
     failpoint: str = ""
-    """`name:hit`, for tests: kill this process there. See `pipeline.failpoints`."""
+    """`name:hit`, for tests: kill this process there; `name:hit:stop` only stops it. See `pipeline.failpoints`."""
     config: str = ""
 
     @field_validator("chain")
@@ -126,11 +129,13 @@ def load(**given: Any) -> Settings:
 
 
 def arm_failpoint(spec: str) -> None:
-    """Arm `name:hit`: the process kills itself there, as a power cut of the process would. Raises UsageError."""
+    """Arm `name:hit`: the process kills itself there, as a power cut of the process would. With `:stop` behind it, the
+    process stops there until somebody lets it go on. Raises UsageError."""
     if not spec:
         return
-    name, _, hit = spec.partition(":")
+    name, hit, action, *_ = [*spec.split(":"), "", ""]
     try:
-        failpoints.arm(name, int(hit or 1), lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        number = {"": signal.SIGKILL, "stop": signal.SIGSTOP}[action]
+        failpoints.arm(name, int(hit or 1), lambda _: os.kill(os.getpid(), number))
     except (KeyError, ValueError) as error:
         raise UsageError(f"no fail point {spec!r}", way_out=f"names are: {', '.join(failpoints.NAMES)}") from error
