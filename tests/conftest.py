@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from hypothesis import settings
 
-from tests.kafka.fixtures import broker_server, kafka_server, kafka_servers, on_kafka, own_kafka, place  # noqa: F401
+from tests.kafka.fixtures import (  # noqa: F401
+    broker_server,
+    kafka_server,
+    kafka_servers,
+    on_kafka,
+    own_kafka,
+    place,
+    three_brokers,
+)
 
 settings.register_profile("stateferry", deadline=None)
 settings.load_profile("stateferry")

@@ -16,13 +16,18 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from tests.kafka.server import VERSION_DEFAULT, VERSIONS, Server, missing_tools
+from tests.kafka.cluster import Cluster
+from tests.kafka.proxy import Proxy
+from tests.kafka.server import VERSION_DEFAULT, VERSIONS, Behind, Server, free_port, missing_tools
 
 IN_CI = os.environ.get("CI") == "true"
 EMBEDDED = "embedded"
+PROXIES = 8
+"""Listeners of a shared broker that only clients behind a proxy use."""
 
 
 def kafka_versions() -> list[str]:
@@ -60,9 +65,16 @@ class Place:
         return ["--broker", self.url, *(["--topic-prefix", self.prefix] if self.prefix else [])]
 
 
+class Shared(NamedTuple):
+    """A broker of many tests, and its listeners behind proxies: one for each process of a test run."""
+
+    bootstrap: str
+    behind: list[Behind]
+
+
 @contextmanager
-def shared_server(folder: Path, version: str) -> Iterator[str]:
-    """The bootstrap address of a broker that all processes of a test run share.
+def shared_server(folder: Path, version: str) -> Iterator[Shared]:
+    """A broker that all processes of a test run share.
 
     Every user holds a shared lock; the last one, which gets it alone, ends the broker.
     """
@@ -72,14 +84,16 @@ def shared_server(folder: Path, version: str) -> Iterator[str]:
         fcntl.flock(starting, fcntl.LOCK_EX)
         fcntl.flock(users, fcntl.LOCK_SH)
         if not state.exists():
-            server = Server(folder / secrets.token_hex(4), version)
+            behind = [Behind(free_port(), free_port()) for _ in range(PROXIES)]
+            server = Server(folder / secrets.token_hex(4), version, behind=behind)
             server.start()
             assert server.process is not None
-            state.write_text(json.dumps({"bootstrap": server.bootstrap, "pid": server.process.pid}))
+            facts = {"bootstrap": server.bootstrap, "behind": behind, "pid": server.process.pid}
+            state.write_text(json.dumps(facts))
         found = json.loads(state.read_text())
         fcntl.flock(starting, fcntl.LOCK_UN)
         try:
-            yield found["bootstrap"]
+            yield Shared(found["bootstrap"], [Behind(*each) for each in found["behind"]])
         finally:
             fcntl.flock(users, fcntl.LOCK_UN)
             with suppress(BlockingIOError):
@@ -93,33 +107,50 @@ def server_folder(factory: pytest.TempPathFactory, version: str) -> Path:
     return (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / f"kafka-{version}"
 
 
+class Servers:
+    """The brokers of a test run by name, each started when it is first asked for."""
+
+    def __init__(self, factory: pytest.TempPathFactory, running: ExitStack) -> None:
+        self._factory = factory
+        self._running = running
+        self._found: dict[str, Shared] = {}
+
+    def __call__(self, name: str) -> str:
+        """Its URL."""
+        if os.environ.get("KAFKA_BOOTSTRAP"):
+            return f"kafka://{os.environ['KAFKA_BOOTSTRAP']}"
+        return f"kafka://{self._shared(name).bootstrap}"
+
+    def proxy(self, name: str) -> Proxy:
+        """A proxy in front of it that belongs to this process."""
+        if os.environ.get("KAFKA_BOOTSTRAP"):
+            pytest.skip("a broker that runs already has no listener behind a proxy")
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+        return Proxy(self._shared(name).behind[int(worker.removeprefix("gw")) % PROXIES])
+
+    def _shared(self, name: str) -> Shared:
+        if name not in self._found:
+            need_tools()
+            version = name.removeprefix("kafka-")
+            server = shared_server(server_folder(self._factory, version), version)
+            self._found[name] = self._running.enter_context(server)
+        return self._found[name]
+
+
 @pytest.fixture(scope="session")
-def kafka_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
-    """Gives the URL of a version's broker, which is started when it is first asked for."""
-    urls: dict[str, str] = {}
+def kafka_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     with ExitStack() as running:
-
-        def url_of(name: str) -> str:
-            if os.environ.get("KAFKA_BOOTSTRAP"):
-                return f"kafka://{os.environ['KAFKA_BOOTSTRAP']}"
-            if name not in urls:
-                need_tools()
-                version = name.removeprefix("kafka-")
-                server = shared_server(server_folder(tmp_path_factory, version), version)
-                urls[name] = f"kafka://{running.enter_context(server)}"
-            return urls[name]
-
-        yield url_of
+        yield Servers(tmp_path_factory, running)
 
 
 @pytest.fixture(scope="session", params=[EMBEDDED, *kafka_names()])
-def broker_server(request: pytest.FixtureRequest, kafka_servers: Callable[[str], str]) -> str:
+def broker_server(request: pytest.FixtureRequest, kafka_servers: Servers) -> str:
     """URL of a broker that takes any number of prefixes; empty for the embedded log, which is a file of each test."""
     return "" if request.param == EMBEDDED else kafka_servers(request.param)
 
 
 @pytest.fixture(scope="session", params=kafka_names())
-def kafka_server(request: pytest.FixtureRequest, kafka_servers: Callable[[str], str]) -> str:
+def kafka_server(request: pytest.FixtureRequest, kafka_servers: Servers) -> str:
     """URL of a Kafka broker."""
     return kafka_servers(request.param)
 
@@ -138,6 +169,23 @@ def on_kafka(kafka_server: str) -> Place:
 
 def kafka_place(url: str) -> Place:
     return Place(url=url, prefix=f"t{secrets.token_hex(4)}.")
+
+
+@pytest.fixture(scope="session")
+def three_brokers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Cluster]]:
+    """Gives a cluster of this process alone: started when it is first asked for, and whole whenever it is."""
+    made: list[Cluster] = []
+
+    def get() -> Cluster:
+        need_tools()
+        if not made:
+            made.append(Cluster(tmp_path_factory.mktemp("cluster"), VERSION_DEFAULT))
+        made[0].start()
+        return made[0]
+
+    yield get
+    for each in made:
+        each.kill()
 
 
 @pytest.fixture(params=kafka_versions())

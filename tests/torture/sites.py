@@ -39,6 +39,7 @@ from pipeline.stores.base import META_KEY, PROOF_KEY
 from pipeline.stores.memory import MemoryStore
 from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import decode_proof
+from tests.kafka.fixtures import Place
 from topology import source, topics
 from topology.transports.base import Broker
 from topology.transports.factory import open_broker
@@ -97,9 +98,13 @@ assert make_blocks()[-1].ref.height == HEIGHT
 
 @dataclass
 class Site:
-    """``kills`` by step: where the processes of that step end first. Steps count the calls of `step` and `run`."""
+    """``kills`` by step: where the processes of that step end first. Steps count the calls of `step` and `run`.
+
+    ``place``: where the log is; None: embedded, in the site's folder.
+    """
 
     path: Path
+    place: Place | None = None
     kills: dict[int, list[Kill]] = field(default_factory=dict)
     torn: int = 0
     step_number: int = 0
@@ -110,20 +115,17 @@ class Site:
 
     @property
     def url(self) -> str:
-        return f"embedded://{self.log}"
+        return f"embedded://{self.log}" if self.place is None else self.place.url
+
+    @property
+    def prefix(self) -> str:
+        return "" if self.place is None else self.place.prefix
 
     # Commands
 
     def start(self, *words: str, node: str, kill: Kill | None = None) -> subprocess.Popen[str]:
         """A command on a node's directory, as a user starts it."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("STATEFERRY_")}
-        environment |= {
-            "PYTHONPATH": str(ROOT),
-            "STATEFERRY_GROUP_BYTES_MAX": str(GROUP_BYTES_MAX),
-            "STATEFERRY_BROKER": self.url,
-            "STATEFERRY_OBJECTS": f"file://{self.path / 'objects'}",
-            "STATEFERRY_DATA_DIR": str(self.path / node),
-        }
+        environment = self.environment(node)
         if kill is not None:
             environment["STATEFERRY_FAILPOINT"] = f"{kill.failpoint}:{kill.hit}"
         return subprocess.Popen(
@@ -134,6 +136,17 @@ class Site:
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    def environment(self, node: str) -> dict[str, str]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("STATEFERRY_")}
+        return environment | {
+            "PYTHONPATH": str(ROOT),
+            "STATEFERRY_GROUP_BYTES_MAX": str(GROUP_BYTES_MAX),
+            "STATEFERRY_BROKER": self.url,
+            "STATEFERRY_TOPIC_PREFIX": self.prefix,
+            "STATEFERRY_OBJECTS": f"file://{self.path / 'objects'}",
+            "STATEFERRY_DATA_DIR": str(self.path / node),
+        }
 
     def finish(self, process: subprocess.Popen[str], kill: Kill | None) -> None:
         """Wait for a command: it must have passed its fail point, or have ended well."""
@@ -222,11 +235,11 @@ class Site:
                 await publisher.offer(offer)
             await publisher.flush()
 
-        self._with_broker(append)
+        self.with_broker(append)
 
-    def _with_broker(self, use: Callable[[Broker], Any]) -> Any:
+    def with_broker(self, use: Callable[[Broker], Any]) -> Any:
         async def main() -> Any:
-            broker = open_broker(self.url)
+            broker = open_broker(self.url, self.prefix)
             try:
                 return await use(broker)
             finally:
@@ -243,7 +256,7 @@ class Site:
             if (folder / "store").is_dir():
                 found |= {f"{folder.name} {what}": held for what, held in _look_at_store(folder / "store").items()}
                 assert not (folder / "quarantine").exists(), folder
-        found |= self._with_broker(_look_at_log)
+        found |= self.with_broker(_look_at_log)
         found |= _look_at_objects(self.path / "objects")
         return found
 
@@ -320,7 +333,7 @@ async def _look_at_log(broker: Broker) -> dict[str, Any]:
 
 
 async def _events(broker: Broker, generation: Generation) -> list[tuple[int, BlockRef, object]]:
-    position = SourcePosition(generation.generation, generation.base)
+    position = SourcePosition(generation)
     reader = EventReader(generation.generation)
     events = []
     async for record in topics.records(broker, generation.blocks_topic):
