@@ -7,7 +7,7 @@ keeps the before-value it had below the block. Nothing is written here: a block 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from operator import not_
@@ -37,7 +37,7 @@ class Effect:
     frames in which such a key comes and goes need not write it at all."""
 
     writes: Writes
-    fresh: frozenset[bytes]
+    fresh: Collection[bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,15 +253,15 @@ def _net(
 
 def _effect(diff: Diff, places: Mapping[int, _Places]) -> Effect:
     writes: Writes = {}
-    fresh: set[bytes] = set()
+    fresh: list[bytes] = []
     for table_id, table in diff.tables.items():
         place = places[table_id]
         writes |= _stored_writes(table, place)
         created = place.storage_keys[: len(table.created_keys)]
-        fresh.update(
+        fresh += (
             created if place.is_plain else (at for at, held in zip(created, place.held, strict=False) if held is None)
         )
-    return Effect(writes=writes, fresh=frozenset(fresh))
+    return Effect(writes=writes, fresh=fresh)
 
 
 def _stored_writes(diff: TableDiff, place: _Places) -> Writes:

@@ -21,24 +21,30 @@ class Layers:
 
     * `dirty_bytes` is what the dirty layers hold, overhead and what their owner keeps with them included; whoever
       pushes keeps it below a bound.
-    * A key written by several layers keeps one entry in the merged view, that of the highest.
+    * A key written by several layers shows what the highest wrote.
+    * What a settled layer wrote stays readable until all layers that stood with it are settled: as many bytes again, at
+      most, which `dirty_bytes` does not count. Until then it is what the store holds as well, or older than what stands
+      above it; to take it out key by key cost more than to write it.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._layers: dict[int, Mapping[bytes, bytes | None]] = {}
         self._sizes: dict[int, int] = {}
-        self._merged: dict[bytes, bytes | None] = {}
-        self._owners: dict[bytes, int] = {}  # the highest layer that wrote a key
+        self._recent: dict[bytes, bytes | None] = {}  # what the layers above `_older_top` wrote
+        self._older: dict[bytes, bytes | None] = {}  # what those up to it wrote, settled ones among them
+        self._older_top = 0
         self.dirty_bytes = 0
 
     def read(self, storage_keys: list[bytes]) -> list[bytes | None]:
         """One multi-get, through all layers."""
-        merged = self._merged
-        if not merged or merged.keys().isdisjoint(storage_keys):
+        recent, older = self._recent, self._older
+        if recent.keys().isdisjoint(storage_keys) and older.keys().isdisjoint(storage_keys):
             return self._store.get(storage_keys)
-        below = iter(self._store.get([key for key in storage_keys if key not in merged]))
-        return [merged[key] if key in merged else next(below) for key in storage_keys]
+        below = iter(self._store.get([key for key in storage_keys if key not in recent and key not in older]))
+        return [
+            recent[key] if key in recent else older[key] if key in older else next(below) for key in storage_keys
+        ]
 
     def push(self, number: int, writes: Mapping[bytes, bytes | None]) -> None:
         """A new top layer. ``number`` is above every number pushed and not settled."""
@@ -47,7 +53,7 @@ class Layers:
         self._sizes[number] = size + _ENTRY_OVERHEAD_BYTES * len(writes)
         self.dirty_bytes += self._sizes[number]
         self._layers[number] = writes
-        self._show(number, writes)
+        self._recent.update(writes)
 
     def hold(self, number: int, held_bytes: int) -> None:
         """Count in what else a layer's owner keeps as long as it stands."""
@@ -57,10 +63,10 @@ class Layers:
     def settle(self, number: int) -> None:
         """The lowest layer is in the store now: it may go. Costs no more with many layers above it."""
         assert number == next(iter(self._layers)), (number, list(self._layers))
-        merged, owners = self._merged, self._owners
-        for key in self._drop(number):
-            if owners[key] == number:
-                del merged[key], owners[key]
+        self._drop(number)
+        if number >= self._older_top:
+            self._older, self._recent = (self._recent, {}) if self._layers else ({}, {})
+            self._older_top = self.checkpoint()
 
     def lowest_bytes(self, layers: int) -> int:
         """What so many of the lowest layers hold of `dirty_bytes`."""
@@ -74,15 +80,10 @@ class Layers:
         """Take off every layer above ``checkpoint``: keys written below it show those values again."""
         for number in [number for number in self._layers if number > checkpoint]:
             self._drop(number)
-        self._merged.clear()
-        self._owners.clear()
-        for number, writes in self._layers.items():
-            self._show(number, writes)
+        self._recent, self._older, self._older_top = {}, {}, 0
+        for writes in self._layers.values():
+            self._recent.update(writes)
 
-    def _show(self, number: int, writes: Mapping[bytes, bytes | None]) -> None:
-        self._merged.update(writes)
-        self._owners.update(dict.fromkeys(writes, number))
-
-    def _drop(self, number: int) -> Mapping[bytes, bytes | None]:
+    def _drop(self, number: int) -> None:
         self.dirty_bytes -= self._sizes.pop(number)
-        return self._layers.pop(number)
+        del self._layers[number]

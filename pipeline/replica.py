@@ -416,7 +416,7 @@ def _merge(effects: list[Effect]) -> dict[bytes, bytes | None]:
     merged: dict[bytes, bytes | None] = {}
     fresh: set[bytes] = set()
     for effect in effects:
-        fresh.update(effect.fresh - merged.keys())
+        fresh.update(set(effect.fresh) - merged.keys())
         merged |= effect.writes
     for key in fresh:
         if merged[key] is None:

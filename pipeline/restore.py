@@ -249,7 +249,7 @@ class Replay:
         )
         digests = {table_id: blake3(view).digest() for table_id, view in split_tables(decoded.body).items()}
         check_result(header, after, frame.frame_id(header, digests))
-        self._fresh.update(effect.fresh - self._pending.keys())
+        self._fresh.update(set(effect.fresh) - self._pending.keys())
         self._pending |= effect.writes
         self._pending_bytes += sum(
             len(key) + len(value or b"") + _ENTRY_OVERHEAD_BYTES for key, value in effect.writes.items()
