@@ -60,6 +60,12 @@ def problems_of(spec: TopicSpec, facts: TopicFacts) -> list[Problem]:
     if int(config.get("max.message.bytes", needed)) < needed:
         what = f"takes no record above {config['max.message.bytes']} bytes, and ours have up to {RECORD_BYTES_MAX}"
         found.append(Problem(topic, what, f"max.message.bytes={needed}"))
+    if facts.copies > 2 and int(config.get("min.insync.replicas", 2)) < 2:
+        what = f"has {facts.copies} copies, and counts a record as kept when one of them has it"
+        found.append(Problem(topic, what, "min.insync.replicas=2"))
+    if facts.copies > 1 and config.get("unclean.leader.election.enable", "false") != "false":
+        what = "may be led by a copy that lacks records"
+        found.append(Problem(topic, what, "unclean.leader.election.enable=false"))
     return found
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError
 
 from tests.kafka.server import VERSION_DEFAULT, Server, free_port, new_cluster
@@ -60,6 +61,10 @@ class Cluster:
             return described["partitions"][0]
 
         return self.ask(look)
+
+    def configure(self, topic: str, config: dict[str, str]) -> None:
+        """Set what a topic has instead of the brokers' defaults: this, and nothing else."""
+        self.ask(lambda admin: admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, config)]))
 
     def ask(self, what: Callable[[AIOKafkaAdminClient], Any]) -> Any:
         """What an admin client is told, by whoever runs."""

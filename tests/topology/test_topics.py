@@ -91,6 +91,10 @@ def test_wrong_topics_are_refused(
         (TopicFacts(partitions=1, config=GOOD), 0),
         (TopicFacts(partitions=3, config=GOOD), 1),
         (TopicFacts(partitions=1, config=GOOD | {"cleanup.policy": "compact,delete", "retention.ms": "1"}), 2),
+        (TopicFacts(partitions=1, copies=3, config=GOOD | {"min.insync.replicas": "2"}), 0),
+        (TopicFacts(partitions=1, copies=3, config=GOOD | {"min.insync.replicas": "1"}), 1),
+        (TopicFacts(partitions=1, copies=1, config=GOOD | {"min.insync.replicas": "1"}), 0),
+        (TopicFacts(partitions=1, copies=2, config=GOOD | {"unclean.leader.election.enable": "true"}), 1),
     ],
 )
 def test_problems(facts: TopicFacts, count: int) -> None:

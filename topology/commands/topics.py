@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -35,15 +36,21 @@ topics_group.add_command(acls_command)
     type=int,
     help=f"Of the first generation, which is fixed by them: a power of two up to {SHARDS_MAX}. [default: 1]",
 )
+@click.option(
+    "--replication",
+    type=click.IntRange(1),
+    help="Copies of every record, on as many brokers. From three on, two must have a record before it counts as "
+    "appended. [default: 3, or as many as there are brokers]",
+)
 @common_options
-def create(settings: Settings, shards: int | None, as_json: bool) -> None:
+def create(settings: Settings, shards: int | None, replication: int | None, as_json: bool) -> None:
     """Make the topics that are missing. Doing it again changes nothing."""
 
     async def make(broker: Broker) -> list[dict[str, Any]]:
         generation = await topics.current_generation(broker)
         topics.check_shards(shards, generation)
         specs = topic_check.topics_of(generation, shards=shards or await topics.shards_of_topics(broker))
-        await broker.ensure_topics(specs)
+        await broker.ensure_topics([replace(spec, copies=replication or 0) for spec in specs])
         return [await _described(broker, spec.name, settings.topic_prefix) for spec in specs]
 
     _show(_run(settings, make), as_json=as_json)
@@ -91,7 +98,14 @@ async def _described(broker: Broker, name: str, prefix: str) -> dict[str, Any]:
     bounds = [await broker.bounds(name, partition) for partition in range(facts.partitions)]
     first, end = map(sum, zip(*bounds, strict=True))
     config = {setting: facts.config[setting] for setting in _SHOWN if setting in facts.config}
-    return {"topic": prefix + name, "partitions": facts.partitions, "first": first, "end": end, "config": config}
+    return {
+        "topic": prefix + name,
+        "partitions": facts.partitions,
+        "copies": facts.copies,
+        "first": first,
+        "end": end,
+        "config": config,
+    }
 
 
 _SHOWN = (
@@ -104,7 +118,8 @@ def _show(found: list[dict[str, Any]], *, as_json: bool) -> None:
     def line(topic: dict[str, Any]) -> str:
         config = " ".join(f"{name}={value}" for name, value in topic["config"].items())
         partitions = f"{topic['partitions']} partition{'' if topic['partitions'] == 1 else 's'}"
-        return f"{topic['topic']}  {partitions}, [{topic['first']}, {topic['end']})  {config}".rstrip()
+        copies = "" if topic["copies"] == 1 else f" in {topic['copies']} copies"
+        return f"{topic['topic']}  {partitions}{copies}, [{topic['first']}, {topic['end']})  {config}".rstrip()
 
     emit(found, as_json=as_json, text=lambda: "\n".join(map(line, found)))
 

@@ -49,6 +49,7 @@ class TopicSpec:
     name: str
     partitions: int  # 1 or more; fixed for the life of the topic
     compacted: bool = False  # of records with the same key the last one is enough; a broker may keep all of them
+    copies: int = 0  # of every record, where there are several brokers; 0: three, or as many as there are brokers
 
     def __post_init__(self) -> None:
         if not self.name or self.partitions < 1:
@@ -64,6 +65,7 @@ class TopicFacts:
 
     partitions: int
     config: Mapping[str, str]  # Kafka's names and values; empty where a broker has nothing to set
+    copies: int = 1  # of every record, on as many brokers
 
 
 class Broker(Protocol):

@@ -126,7 +126,8 @@ class KafkaBroker:
         count = await self._count(topic)
 
         async def look() -> TopicFacts:
-            return TopicFacts(partitions=count, config=await (await self._connected_admin()).config(topic))
+            admin = await self._connected_admin()
+            return TopicFacts(partitions=count, config=await admin.config(topic), copies=await admin.copies(topic))
 
         return await self._ask(f"topic {topic}", look, needs=f"DESCRIBE_CONFIGS on topic {topic}")
 

@@ -11,6 +11,7 @@ from aiokafka.errors import TopicAlreadyExistsError
 from aiokafka.errors import for_code as error_of
 from aiokafka.protocol.metadata import MetadataRequest
 
+from pipeline.errors import UsageError
 from topology.transports.base import RECORD_BYTES_MAX, TopicSpec
 from topology.transports.kafka_appends import RECORD_SLACK_BYTES
 
@@ -28,11 +29,17 @@ COMPACTED_CONFIG: Final = {
     "segment.bytes": str(16 << 20),  # what is still written to is never compacted
 }
 """What a compacted one has instead."""
-_BROKER_DEFAULT: Final = -1
+COPIES: Final = 3
+"""Of every record, where there are as many brokers: one may be lost, and nothing waits for it."""
+
+
+def in_sync_min(copies: int) -> int:
+    """How many copies must have a record before it counts as appended: with two, no single broker can lose it."""
+    return 2 if copies > 2 else 1
 
 
 class Admin(AIOKafkaAdminClient):  # type: ignore[misc]
-    """aiokafka's admin client, with the three calls that we need of it."""
+    """aiokafka's admin client, with the calls that we need of it."""
 
     async def partitions(self, topic: str) -> int:
         """How many partitions a topic has, with a leader each. Raises ``UnknownTopicOrPartitionError``, and errors
@@ -44,14 +51,32 @@ class Admin(AIOKafkaAdminClient):  # type: ignore[misc]
                 raise error_of(code)(topic)
         return len(described["partitions"])
 
+    async def copies(self, topic: str) -> int:
+        """On how many brokers every partition of a topic is, at least."""
+        found = await self._send_request(MetadataRequest([topic], allow_auto_topic_creation=False))
+        (described,) = found.to_object()["topics"]
+        return min((len(each["replicas"]) for each in described["partitions"]), default=1)
+
     async def create(self, spec: TopicSpec) -> None:
-        """Create a topic, unless somebody else just did."""
+        """Create a topic, unless somebody else just did. A broker's own default would be one copy.
+
+        Raises ``UsageError`` for more copies than there are brokers.
+        """
+        cluster = await self._send_request(MetadataRequest([], allow_auto_topic_creation=False))
+        brokers = len(cluster.to_object()["brokers"])
+        copies = spec.copies or min(COPIES, brokers)
+        if copies > brokers:
+            raise UsageError(
+                f"{copies} copies of topic {spec.name} were asked for, and there are {brokers} brokers",
+                way_out="start more brokers, or ask for fewer copies",
+            )
+        in_sync = {"min.insync.replicas": str(in_sync_min(copies))}
         topic = NewTopic(
             name=spec.name,
             num_partitions=spec.partitions,
-            replication_factor=_BROKER_DEFAULT,
-            replica_assignments={},
-            topic_configs=TOPIC_CONFIG | (COMPACTED_CONFIG if spec.compacted else {}),
+            replication_factor=copies,
+            replica_assignments=None,
+            topic_configs=TOPIC_CONFIG | in_sync | (COMPACTED_CONFIG if spec.compacted else {}),
         )
         created = await self.create_topics([topic])
         _, code, reason = created.topic_errors[0]
