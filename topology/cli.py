@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import sys
 
 import click
@@ -36,6 +37,7 @@ _COMMANDS = {
 }
 """Imported when they are asked for: Faust and the benches are half of a second that most commands do not need."""
 _INTERRUPTED = 130
+_TERMINATED = 143
 
 
 class _Commands(click.Group):
@@ -68,6 +70,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run a command; errors of ours become a sentence on stderr (and a document with --json) and their exit code."""
+    # The kernel has no default for the first process of a container. `run` puts an orderly end in this place.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(_TERMINATED))
     try:
         result = cli.main(standalone_mode=False)
         code = result if isinstance(result, int) else 0  # what `Exit` carried

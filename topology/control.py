@@ -2,6 +2,9 @@
 
 A Unix socket in the data directory; one JSON object a line, request and answer. Errors travel by name, so that a
 command ends with the same exit code as if it had opened the store itself.
+
+`python -m topology.control SOCKET` asks nothing but whether a worker answers there, in a tenth of a second: what a
+container's health check runs.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,8 @@ _LINE_BYTES_MAX = 64 << 20
 _CONNECT_TIMEOUT_S = 2.0
 ANSWER_S = 600.0
 """For an answer that may hash all of a state; a look at the worker itself takes less."""
+ALIVE_S = 5.0
+"""For a worker to say that it is there."""
 
 Handler = Callable[[dict[str, Any]], Awaitable[Any]]
 
@@ -104,3 +110,7 @@ def _short(path: Path):  # type: ignore[no-untyped-def]
         yield f"/proc/self/fd/{fd}/{path.name}"
     finally:
         os.close(fd)
+
+
+if __name__ == "__main__":
+    sys.exit(0 if ask(Path(sys.argv[1]), {"what": "alive"}, timeout_s=ALIVE_S) else "no worker answers")

@@ -197,6 +197,8 @@ async def _archive(node: Node) -> None:
 async def _answer(node: Node, request: dict[str, Any]) -> Any:
     """One request on the control socket."""
     match request["what"]:
+        case "alive":
+            return {"role": node.role.value}
         case "status":
             return await answers.status(node)
         case "get":

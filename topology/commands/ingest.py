@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline.block import Block, BlockRef
 from pipeline.errors import BlockOrphan, NotFound, SettingsConflict, UsageError
 from pipeline.generation import FINALITY_DEFAULT, Generation
+from pipeline.inlet import SourcePosition
 from pipeline.objects import open_objects
 from pipeline.sources import bitcoin, bitcoin_files, synthetic
 from topology import base_state, snapshotter, source, topics
@@ -22,6 +24,12 @@ from topology.commands.common import ask_broker, common_options, console, emit, 
 from topology.settings import CHAIN_DEFAULT, Settings
 from topology.source import Offer, Publisher
 from topology.transports.base import Broker
+
+BLOCKS_DEFAULT = 100
+LIVE_COINS_MAX = 200_000
+"""Of an endless chain, at most this many are known and may be spent: some 50 MB."""
+_GROWTH = 9
+"""Of so many changes, one adds to the coins of a synthetic chain."""
 
 
 @click.group()
@@ -57,7 +65,8 @@ def ingest_bitcoin(
             _check_first_block(files[0])
             generation = await _new_generation(settings, broker)
         topics.check_chain(settings.chain, generation.chain_id, settings.broker_url)
-        return await _publish(broker, generation, _bitcoin_offers(files), again=again, total=None)
+        position = await source.read_position(broker, generation)
+        return await _publish(broker, generation, position, _bitcoin_offers(files), again=again, total=None)
 
     settings.data_dir.mkdir(parents=True, exist_ok=True)  # the log may be in there
     document = ask_broker(settings, publish)
@@ -65,7 +74,8 @@ def ingest_bitcoin(
 
 
 @ingest.command("synthetic")
-@click.option("--blocks", "count", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option("--blocks", "count", type=click.IntRange(min=1), help="How many.  [default: 100]")
+@click.option("--endless", is_flag=True, help="Until stopped, above the block that the topic stands at.")
 @click.option("--changes", type=click.IntRange(min=2), default=2000, show_default=True, help="Per block.")
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option("--from-height", type=click.IntRange(min=0), help="Go on above this block. [default: an empty chain]")
@@ -75,7 +85,8 @@ def ingest_bitcoin(
 @common_options
 def ingest_synthetic(
     settings: Settings,
-    count: int,
+    count: int | None,
+    endless: bool,
     changes: int,
     seed: int,
     from_height: int | None,
@@ -85,25 +96,41 @@ def ingest_synthetic(
     as_json: bool,
 ) -> None:
     """A made-up chain of heavier blocks: the same seed, the same bytes."""
+    if endless and (count, from_height) != (None, None):
+        raise UsageError("--endless goes on above the topic's tip: it takes no --blocks and no --from-height")
+    total = None if endless else count or BLOCKS_DEFAULT
 
     async def publish(broker: Broker) -> dict[str, Any]:
         generation = await topics.current_generation(broker) or await _new_generation(settings, broker)
         topics.check_chain(settings.chain, generation.chain_id, settings.broker_url)
-        parent = None
+        position = await source.read_position(broker, generation)
+        parent = position.branch.tip if endless else None
         if from_height is not None:
-            parent = (await source.read_position(broker, generation)).branch.at(from_height)
+            parent = position.branch.at(from_height)
             if parent is None:
                 raise NotFound(f"the branch on the topic has no block at height {from_height}")
-        made = _synthetic(parent, count, changes, seed, reorg_every, reorg_depth)
-        return await _publish(broker, generation, source.offers(made), total=count, interval_s=interval_s)
+        make = partial(_synthetic, changes=changes, seed=seed, reorg_every=reorg_every, reorg_depth=reorg_depth)
+        made = _endless(parent, changes, make) if total is None else make(parent, total)
+        return await _publish(broker, generation, position, source.offers(made), total=total, interval_s=interval_s)
 
     settings.data_dir.mkdir(parents=True, exist_ok=True)  # the log may be in there
     document = ask_broker(settings, publish)
     emit(document, as_json=as_json, text=lambda: rows(document))
 
 
+def _endless(
+    parent: BlockRef | None, changes: int, make: Callable[[BlockRef | None, int], Iterator[Block]]
+) -> Iterator[Block]:
+    """Chains on top of each other without end. Each forgets the coins of the one before, which stay unspent."""
+    count = max(1, _GROWTH * LIVE_COINS_MAX // changes)
+    while True:
+        for block in make(parent, count):
+            yield block
+            parent = block.ref
+
+
 def _synthetic(
-    parent: BlockRef | None, count: int, changes: int, seed: int, reorg_every: int | None, reorg_depth: int
+    parent: BlockRef | None, count: int, *, changes: int, seed: int, reorg_every: int | None, reorg_depth: int
 ) -> Iterator[Block]:
     chain = synthetic.SyntheticChain(
         seed=seed,
@@ -120,6 +147,7 @@ def _synthetic(
 async def _publish(
     broker: Broker,
     generation: Generation,
+    position: SourcePosition,
     offered: Iterator[Offer],
     *,
     again: bool = False,
@@ -127,7 +155,7 @@ async def _publish(
     interval_s: float = 0.0,
 ) -> dict[str, Any]:
     started_s = time.monotonic()
-    publisher = Publisher(broker, generation, await source.read_position(broker, generation))
+    publisher = Publisher(broker, generation, position)
     connected = skipped = rewinds = 0
     with Progress(
         TextColumn("ingest"),
