@@ -48,8 +48,7 @@
         ├── LoginRefused                   the broker refuses this client's certificate, or its name and password
         └── NotAuthorized                  this user may not do what was asked: an ACL is missing
 
-Fields first; the sentence is made in ``__str__`` and says what, where, and the way out. ``same_again`` answers the
-one question a caller has: would the same input fail again? If so stop and keep the bytes; else retry at the edge.
+Fields first; the sentence is made in ``__str__`` and says what, where, and the way out.
 """
 
 from __future__ import annotations
@@ -62,7 +61,6 @@ class StateferryError(Exception):
     """Base of all. ``what`` names the thing, ``where`` the place, ``way_out`` what the reader can do."""
 
     exit_code: ClassVar[int] = 1
-    same_again: ClassVar[bool] = True
 
     def __init__(self, what: str, *, where: str = "", way_out: str = "") -> None:
         super().__init__(what, where, way_out)
@@ -223,12 +221,10 @@ class Unsupported(StateferryError):
 
 class Locked(StateferryError):
     exit_code = 9
-    same_again = False
 
 
 class DiskFull(StateferryError):
     exit_code = 10
-    same_again = False
 
 
 class RewindTooDeep(StateferryError):
@@ -237,7 +233,6 @@ class RewindTooDeep(StateferryError):
 
 class NotProven(StateferryError):
     exit_code = 12
-    same_again = False
 
 
 class NotFound(StateferryError):
@@ -262,7 +257,6 @@ def disk_full(error: OSError) -> DiskFull | None:
 
 class BrokerUnavailable(StateferryError):
     exit_code = 14
-    same_again = False
 
 
 class AccessDenied(StateferryError):

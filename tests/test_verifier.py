@@ -10,8 +10,8 @@ from pipeline.state import KEY_GROUPS
 from pipeline.stores.base import META_KEY, PROOF_KEY, Batch
 from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import audit, decode_proof
-from tests.ferries import Ferry, make_ferry, opened
-from topology.verifier import COPY_FOLDER, audit_position, audit_store, group_ranges, prove, prove_closed
+from tests.ferries import Ferry, make_ferry
+from topology.verifier import COPY_FOLDER, audit_position, audit_store, group_ranges, prove
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +89,6 @@ async def test_cancelled(ferry: Ferry, tmp_path: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert not (tmp_path / COPY_FOLDER).exists()
-
-
-def test_closed_store(ferry: Ferry, tmp_path: Path) -> None:
-    """A store that nobody has open is proven the same way."""
-    ferry.store.checkpoint(tmp_path / "store")
-    proof, _ = prove_closed(tmp_path / "store", tmp_path, workers=1)
-
-    with opened(tmp_path) as store:
-        assert decode_proof(store.get_meta(PROOF_KEY)) == proof
 
 
 async def test_a_store_without_position(tmp_path: Path) -> None:

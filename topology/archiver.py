@@ -24,7 +24,7 @@ class Archiver:
 
     * One call of `advance` puts at most one segment, so that it can run between two commits.
     * `gap` names heights, both inclusive, that neither the archive nor this node's journal has: a snapshot taken
-      above them makes up for it.
+      above them makes up for it. Whoever reads it forgets it.
     * What a crash left in between is put again: the name is taken, the history is the same.
     """
 

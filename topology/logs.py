@@ -25,6 +25,7 @@ EVENTS: Final[dict[str, str]] = {
     "group_committed": "height, seq, blocks, changes, bytes",
     "record_voided": "topic, offset, reason",
     "segment_archived": "segment, blocks, bytes",
+    "archive_gap_left": "first_height, last_height",  # neither archived nor in this node's journal
     "snapshot_taken": "height, manifest, parts, bytes, seconds",
     "generation_ended": "generation, successor",
     "node_quarantined": "error, evidence",

@@ -11,7 +11,7 @@ import asyncio
 import enum
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -443,6 +443,9 @@ class Node:
         self._commit()
         blocks = self.archiver.advance(self.replica, proven=self.proof.proven, flush=flush)
         self._commit()
+        gap, self.archiver.gap = self.archiver.gap, None
+        if gap is not None:
+            log.warning("archive_gap_left", first_height=gap[0], last_height=gap[1])
         if blocks and self.archiver.last_put is not None:
             name, size = self.archiver.last_put
             log.info("segment_archived", segment=name, blocks=blocks, bytes=size)

@@ -101,17 +101,6 @@ async def prove(
             shutil.rmtree(copy, ignore_errors=True)
 
 
-def prove_closed(
-    path: Path, data_dir: Path, *, workers: int | None = None, report: Report = no_report
-) -> tuple[Proof, Audited]:
-    """`prove` for a store that no process has open."""
-    store = RocksStore(path)
-    try:
-        return asyncio.run(prove(store, data_dir, workers=workers, report=report))
-    finally:
-        store.close()
-
-
 def _audit_range(path: Path, start: int, stop: int, report: Report) -> Audited:
     store = RocksStore(path, read_only=True)
     try:
