@@ -106,11 +106,13 @@ class Rewind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceEpoch:
-    """A new source writer. Valid if its epoch is the one in force + 1. ``resume_walk``: the walk number of its
-    first event; everything between a bad record and this one is void."""
+    """A new source writer, in force if its epoch is the one in force + 1. ``resume_walk``: the walk number from which
+    it goes on; everything between a bad record and this one is void. ``voids``: events of that number or a higher one
+    that came before are void too, also where nothing but the state can tell what is wrong with them."""
 
     stamp: SourceStamp
     resume_walk: int
+    voids: bool = False
 
 
 Event = Connect | Rewind | SourceEpoch
@@ -146,8 +148,8 @@ def encode_event(event: Event, *, zstd_level: int = codec.ZSTD_LEVEL) -> bytes:
             }
         case Rewind(walk=walk, to=to):
             fields |= {"walk": walk, "height": to.height, "hash": to.block_hash}
-        case SourceEpoch(resume_walk=resume_walk):
-            fields |= {"resume_walk": resume_walk}
+        case SourceEpoch(resume_walk=resume_walk, voids=voids):
+            fields |= {"resume_walk": resume_walk} | ({"voids": True} if voids else {})
     payload: bytes = msgpack.packb(fields, use_bin_type=True)
     return EVENT_MAGIC + bytes([EVENT_VERSION]) + xxhash.xxh3_64_digest(payload) + payload
 
@@ -203,7 +205,7 @@ def decode_event(data: bytes, *, with_ops: bool = True) -> Event:
                 to=BlockRef(reader.number("height"), reader.blob("hash", _HASH_BYTES)),
             )
         case "epoch":
-            event = SourceEpoch(stamp=stamp, resume_walk=reader.number("resume_walk"))
+            event = SourceEpoch(stamp=stamp, resume_walk=reader.number("resume_walk"), voids=reader.flag("voids"))
         case _:
             raise Unsupported(f"an event of kind {kind!r}", way_out="upgrade this build")
     reader.done()
@@ -253,6 +255,14 @@ class _Fields:
         if not 0 <= value <= maximum:
             raise EventCorrupt(f"an event's field {name!r} is {value}, not within 0..{maximum}")
         return value
+
+    def flag(self, name: str) -> bool:
+        """True where the field stands; it stands nowhere else."""
+        if name not in self._fields:
+            return False
+        if not self._take(name, bool):
+            raise EventCorrupt(f"an event's field {name!r} stands there and says no")
+        return True
 
     def text(self, name: str, bytes_max: int) -> str:
         value: str = self._take(name, str)

@@ -1,18 +1,23 @@
 """Records of the blocks topic to events, for whoever reads it: a primary, and a source that wants to know where it is.
 
 Unlike frames, a bad record here stops the reader: to skip it would lose data. What is void is only what a writer not
-in force left behind, and everything between a bad record and the next valid EPOCH that resumes at or below it.
+in force left behind, and everything between a bad record and the next EPOCH in force that resumes at or below it.
+
+Who is in force is said by the EPOCHs alone: by their order and numbers, not by what stands between them or by what a
+state refuses. So all readers agree on it, one that is stuck with one that is not. Where the walk stands, a reader with
+a state knows better than one that sees the topic only; an EPOCH that `voids` tells both. FORMAT.md, "Block events".
 """
 
 from __future__ import annotations
 
 from pipeline import chunk
-from pipeline.block import BlockRef, Connect, Event, Rewind, SourceEpoch, decode_event
-from pipeline.errors import EventCorrupt, FrameCorrupt, WalkInvalid
+from pipeline.block import Connect, Event, Rewind, SourceEpoch, decode_event
+from pipeline.errors import EventCorrupt, FrameCorrupt, WalkGap, WalkInvalid
 from pipeline.frame import NO_HASH, digest_of
+from pipeline.generation import Generation
 from pipeline.position import NO_WRITER
 from pipeline.primary import Reading
-from pipeline.sources.branch import Branch
+from pipeline.sources.branch import Branch, Connected, Rewound
 
 Source = tuple[int, bytes]
 """Epoch and writer in force on the blocks topic."""
@@ -70,20 +75,53 @@ class EventReader:
         return self._assembler.feed(part)
 
 
-def mends(event: Event, source: Source, walk: int) -> bool:
-    """Whether this event makes a bad stretch before it void: a valid EPOCH that resumes at or below it."""
-    return isinstance(event, SourceEpoch) and event.stamp.epoch == source[0] + 1 and event.resume_walk <= walk + 1
+def source_after(event: Event, generation: bytes, source: Source) -> Source:
+    """Who is in force behind an event, if ``source`` was before it: the same for every reader, stuck or not."""
+    stamp = event.stamp
+    if isinstance(event, SourceEpoch) and stamp.generation == generation and stamp.epoch == source[0] + 1:
+        return stamp.epoch, stamp.writer
+    return source
+
+
+class Stuck:
+    """A reader with a state, behind a record that it refuses: all is void up to an EPOCH that mends it.
+
+    Fed with the refused event itself, where it is one, and with every event behind it.
+    """
+
+    def __init__(self, chain_id: str, generation: bytes, source: Source, walk: int) -> None:
+        """``source`` in force before the refused record; ``walk``: the last number that was applied."""
+        self.source = source
+        self._chain_id = chain_id
+        self._generation = generation
+        self._walk = walk
+
+    def mended_by(self, event: Event) -> bool:
+        """Whether a reader goes on behind this event, as `source` says by then."""
+        before, self.source = self.source, source_after(event, self._generation, self.source)
+        is_ours = self.source != before and event.stamp.chain_id == self._chain_id
+        return is_ours and isinstance(event, SourceEpoch) and event.resume_walk <= self._walk + 1
 
 
 class SourcePosition:
-    """Where the walk on the topic stands, from its records alone: what a source must know before it publishes."""
+    """Where the walk on the topic stands, from its records alone: what a source must know before it publishes.
 
-    def __init__(self, generation: bytes, base: BlockRef | None) -> None:
-        self.generation = generation
+    Holds a hash a block, and for each walk number what it takes to take it back.
+    """
+
+    def __init__(self, generation: Generation) -> None:
         self.source: Source = NO_SOURCE
-        self.walk = 0
-        self.branch = Branch(base)
+        self.branch = Branch(generation.base)
         self.is_stuck = False  # behind a bad record: all is void up to an EPOCH that mends it
+        self.next_offset = 0  # of the topic's record behind those that were read, which whoever reads it counts
+        self._generation = generation
+        self._steps: list[Connected | Rewound] = []
+        self._resumes = 0  # where the source in force goes on, until its first event
+
+    @property
+    def walk(self) -> int:
+        """The last walk number; 0 before the first."""
+        return len(self._steps)
 
     def meet_bad_record(self) -> None:
         """A record that no reader gets past without a mending EPOCH."""
@@ -91,26 +129,49 @@ class SourcePosition:
 
     def follow(self, event: Event) -> None:
         """Take one event in, if it is in force and follows. What is void is passed by."""
-        stamp = event.stamp
-        if stamp.generation != self.generation:
+        stamp, generation = event.stamp, self._generation
+        if stamp.generation != generation.generation:
             return
+        before, self.source = self.source, source_after(event, generation.generation, self.source)
         if isinstance(event, SourceEpoch):
-            if mends(event, self.source, self.walk):
-                self.source = (stamp.epoch, stamp.writer)
-                self.is_stuck = False
-            return
-        if (stamp.epoch, stamp.writer) != self.source or self.is_stuck or event.walk <= self.walk:
-            return
-        if event.walk > self.walk + 1:
+            if self.source == before:
+                return
+            if stamp.chain_id != generation.chain_id or event.resume_walk > self.walk + 1:
+                self.meet_bad_record()
+                return
+            self.is_stuck, self._resumes = False, event.resume_walk
+            if event.voids:
+                self.take_back_to(max(event.resume_walk, 1) - 1)
+        elif (stamp.epoch, stamp.writer) == self.source and not self.is_stuck:
+            if 0 < event.walk == self._resumes <= self.walk:
+                self.take_back_to(event.walk - 1)  # it says again what stood there: its state refused that
+            self._resumes = 0
+            self._follow(event)
+
+    def _follow(self, event: Connect | Rewind) -> None:
+        if event.stamp.chain_id != self._generation.chain_id or event.walk > self.walk + 1:
             self.meet_bad_record()
-            return
-        try:
-            match event:
-                case Connect(block=block):
-                    self.branch.connect(block.ref, block.parent_hash)
-                case Rewind(to=to):
-                    self.branch.rewind(to)
-        except WalkInvalid:
-            self.meet_bad_record()
-            return
-        self.walk = event.walk
+        elif event.walk == self.walk + 1:
+            try:
+                self._steps.append(self._step(event))
+            except WalkInvalid:
+                self.meet_bad_record()
+
+    def _step(self, event: Connect | Rewind) -> Connected | Rewound:
+        match event:
+            case Connect(block=block):
+                return self.branch.connect(block.ref, block.parent_hash)
+            case Rewind(to=to) if to == self.branch.tip:
+                raise WalkInvalid(f"a rewind to {to}, which is the tip")
+            case Rewind(to=to):
+                return self.branch.rewind(to)
+
+    def take_back_to(self, walk: int) -> None:
+        """Events above a walk number are void. Raises WalkGap if the walk does not reach it."""
+        if not 0 <= walk <= self.walk:
+            raise WalkGap(
+                f"the walk on the topic cannot be resumed from number {walk + 1}: it stands at {self.walk}",
+                way_out=f"name a walk number from 1 to {self.walk + 1}",
+            )
+        while self.walk > walk:
+            self.branch.take_back(self._steps.pop())

@@ -147,8 +147,8 @@ class Primary:
         match walk.plan(event, at, lambda height: self.replica.header_at(height + 1).parent_hash):
             case walk.Ignore():
                 pass
-            case walk.Reign(source=(epoch, writer)):
-                self.ahead = replace(ahead, source_epoch=epoch, source_writer=writer)
+            case walk.Reign(source=source):
+                self.take_over(source)
             case walk.Apply(block=block, walk=number):
                 done = LogMark(next_offset=reading.last + 1, last_digest=reading.digest)
                 self._begin_block(block, number, done)
@@ -158,6 +158,11 @@ class Primary:
                 done = LogMark(next_offset=reading.last + 1, last_digest=reading.digest)
                 for left in range(count - 1, -1, -1):
                     self._begun.append(self._undo(number, done) if left == 0 else self._undo(ahead.walk, again))
+
+    def take_over(self, source: tuple[int, bytes]) -> None:
+        """A source's EPOCH that mends is in force: (epoch, writer)."""
+        epoch, writer = source
+        self.ahead = replace(self.ahead, source_epoch=epoch, source_writer=writer)
 
     def finish(self) -> Proposal:
         """The frame begun first, computed: it is in flight from here on. Waits for its seal."""

@@ -33,7 +33,7 @@ from pipeline.chunk import Chunk
 from pipeline.codec import ZSTD_LEVEL_FAST
 from pipeline.errors import EventCorrupt, FrameCorrupt, LogLost, Unsupported, WalkGap
 from pipeline.frame import NO_HASH, digest_of
-from pipeline.inlet import NO_SOURCE, EventReader, Source, mends
+from pipeline.inlet import NO_SOURCE, EventReader, Source, source_after
 from pipeline.primary import Reading
 from pipeline.shards import split_block
 
@@ -161,12 +161,9 @@ class Splitter:
     def _follow(self, event: Event) -> None:
         """Which chunks count from here on. Whether an event is valid is for its readers to say."""
         stamp, at = event.stamp, self.at
-        if stamp.generation != self._generation:
-            return
         if isinstance(event, SourceEpoch):
-            if mends(event, at.source, at.walk):
-                self.at = replace(at, source=(stamp.epoch, stamp.writer))
-        elif (stamp.epoch, stamp.writer) == at.source:
+            self.at = replace(at, source=source_after(event, self._generation, at.source))
+        elif stamp.generation == self._generation and (stamp.epoch, stamp.writer) == at.source:
             self.at = replace(at, walk=max(at.walk, event.walk))
 
     def _cut(self, reading: Reading, kind: Kind, payloads: list[bytes]) -> list[list[bytes]]:
@@ -310,10 +307,19 @@ class ShardEventReader:
     """An `EventReader` of one partition of `shard-blocks`: what a primary of that shard reads."""
 
     def __init__(
-        self, generation: bytes, shard: int, shards: int, *, after: int = 0, previous_digest: bytes = NO_HASH
+        self,
+        generation: bytes,
+        shard: int,
+        shards: int,
+        *,
+        after: int = 0,
+        links: bool = True,
+        previous_digest: bytes = NO_HASH,
+        with_ops: bool = True,
     ) -> None:
-        """``after``: as of `CutReader`. ``previous_digest``: of the record before the first that will be fed."""
-        self._cuts = CutReader(generation, shard, shards, after=after)
+        """``after`` and ``links``: as of `CutReader`. ``previous_digest`` and ``with_ops``: as of `EventReader`."""
+        self._cuts = CutReader(generation, shard, shards, after=after, links=links)
+        self._with_ops = with_ops
         self._previous = previous_digest
         self._before_first = previous_digest
 
@@ -337,4 +343,4 @@ class ShardEventReader:
         reading = Reading(
             first=self._cuts.first, last=offset, digest=self._previous, previous_digest=self._before_first
         )
-        return decode_event(cut.payload), reading
+        return decode_event(cut.payload, with_ops=self._with_ops), reading

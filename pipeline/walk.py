@@ -62,14 +62,15 @@ HashAt = Callable[[int], bytes]
 def plan(event: Event, at: Stand, hash_at: HashAt) -> Step:
     """What follows from one event. Raises WrongChain, WalkGap, WalkInvalid, RewindTooDeep."""
     stamp = event.stamp
-    if stamp.chain_id != at.chain_id:
-        raise WrongChain(f"an event of chain {stamp.chain_id!r}, this directory holds {at.chain_id!r}")
     if stamp.generation != at.generation:
         return Ignore(why="generation")
     source = (stamp.epoch, stamp.writer)
+    is_next = isinstance(event, SourceEpoch) and stamp.epoch == at.source[0] + 1
+    if stamp.chain_id != at.chain_id and (source == at.source or is_next):
+        raise WrongChain(f"an event of chain {stamp.chain_id!r}, this directory holds {at.chain_id!r}")
     match event:
         case SourceEpoch(resume_walk=resume_walk):
-            if stamp.epoch != at.source[0] + 1:
+            if not is_next:
                 return Ignore(why="epoch")
             if resume_walk > at.walk + 1:
                 raise WalkGap(f"a source resumes at walk number {resume_walk}, but the last one applied is {at.walk}")

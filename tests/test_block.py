@@ -36,6 +36,7 @@ CONNECT = Connect(
 REWIND = Rewind(stamp=STAMP, walk=8, to=ref(2))
 EPOCH = SourceEpoch(stamp=STAMP, resume_walk=9)
 EVENTS = [CONNECT, REWIND, EPOCH]
+VOIDING = replace(EPOCH, voids=True)
 
 
 def fields_of(event: Event) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def tables_with(tables: Any, op_count: int = 1) -> bytes:
     return event_with(CONNECT, tables=packed, op_count=op_count)
 
 
-@pytest.mark.parametrize("event", [*EVENTS, *(step.event for step in make_walk(3, 20))], ids=lambda _: "")
+@pytest.mark.parametrize("event", [*EVENTS, VOIDING, *(step.event for step in make_walk(3, 20))], ids=lambda _: "")
 def test_round_trip(event: Event) -> None:
     """What was encoded comes back, and encodes to the same bytes."""
     data = encode_event(event)
@@ -123,6 +124,9 @@ def test_unknown_versions_and_kinds_are_unsupported() -> None:
         (EPOCH, {"resume_walk": 1.0}, "'resume_walk' is not of type int"),
         (EPOCH, {"resume_walk": -1}, "not within"),
         (EPOCH, {"resume_walk": 1 << 63}, "not within"),
+        (EPOCH, {"voids": False}, "'voids' stands there and says no"),
+        (EPOCH, {"voids": 1}, "'voids' is not of type bool"),
+        (REWIND, {"voids": True}, "fields that this version does not know"),
         (EPOCH, {"chain": ""}, "'chain' is empty or longer"),
         (EPOCH, {"chain": "x" * 33}, "'chain' is empty or longer"),
         (EPOCH, {"chain": b"walk"}, "'chain' is not of type str"),

@@ -49,6 +49,7 @@ async def _shard(node: Node) -> dict[str, Any]:
             "state": node.state.value,
             "in_force": node.state is State.LEADING,
             "void_records": dict(node.voids),
+            "refused": None if node.lead is None or node.lead.refused is None else str(node.lead.refused),
             "frames_in_flight": node.in_flight,
             "buffers": {name: held._asdict() for name, held in node.buffers.items()},
         }

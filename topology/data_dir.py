@@ -2,9 +2,11 @@
 
 LOCK          held by the one worker or command that may write here
 store/        the RocksDB store
+shards/NN/    instead, where a generation has several shards: a folder for each, with its `store/`
 control.sock  where a running worker answers
 copies/       checkpoints that a running worker made for commands; each is removed by who asked for it
 NODE          the node's id
+refused/      events that a primary did not take, one folder each, with the reason
 quarantine/   evidence of a divergence, one folder each; while one is open the store is not followed or served
 log.sqlite    the embedded log, where no other broker is named
 objects/      the object store, where no other is named
@@ -25,14 +27,29 @@ from pipeline.stores.rocksdb import RocksStore
 
 _EVIDENCE = "evidence.json"
 _RECORD = "record.bin"
+_SHARDS = "shards"
 
 
 class DataDir:
     """One directory, by path. `lock` before anything is written."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, owner: DataDir | None = None) -> None:
+        """``owner``: the node's directory, of a shard's."""
         self.path = path.absolute()
+        self._owner = owner or self
         self._lock_fd: int | None = None
+
+    def shard(self, number: int, shards: int) -> DataDir:
+        """Where a shard's store is: this directory, if there is one shard."""
+        return self if shards == 1 else DataDir(self.path / _SHARDS / f"{number:02d}", owner=self)
+
+    @property
+    def shard_dirs(self) -> list[DataDir]:
+        """Those of the shards that have a store, in their order; this directory, if it has the only store."""
+        if (self.path / _SHARDS).exists():
+            dirs = [DataDir(path, owner=self) for path in sorted((self.path / _SHARDS).iterdir())]
+            return [found for found in dirs if (found.store_path / "CURRENT").exists()]
+        return [self] if (self.store_path / "CURRENT").exists() else []
 
     @property
     def store_path(self) -> Path:
@@ -44,25 +61,25 @@ class DataDir:
 
     @property
     def quarantine_path(self) -> Path:
-        return self.path / "quarantine"
+        return self._owner.path / "quarantine"
 
     @property
     def copies_path(self) -> Path:
-        return self.path / "copies"
+        return self._owner.path / "copies"
 
     @property
     def node_id(self) -> str:
         """A name of this directory's node that outlives its processes: made once."""
-        file = self.path / "NODE"
+        file = self._owner.path / "NODE"
         if not file.exists():
-            draft = self.path / f"NODE.{os.getpid()}"
+            draft = self._owner.path / f"NODE.{os.getpid()}"
             draft.write_text(secrets.token_hex(8))
             draft.rename(file)
         return file.read_text().strip()
 
     @property
     def has_store(self) -> bool:
-        return (self.store_path / "CURRENT").exists()
+        return bool(self.shard_dirs)
 
     def create(self) -> None:
         try:
@@ -113,24 +130,20 @@ class DataDir:
         self.check_quarantine()
         return RocksStore(self.store_path)
 
+    def set_aside(self, error: StateferryError, record: bytes, *, topic: str, partition: int, offset: int) -> Path:
+        """Keep an event that the primary refused, durably: its folder. Again at the same place is the same folder."""
+        folder = self._owner.path / "refused" / f"{topic}-{partition}-{offset}"
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_evidence(folder, error, record, topic=topic, partition=partition, offset=offset)
+        return folder
+
     # Quarantine
 
     def quarantine(self, error: StateferryError, record: bytes, **facts: Any) -> Path:
         """Keep the evidence of a divergence, durably. Returns its folder."""
         folder = self.quarantine_path / secrets.token_hex(4)
         folder.mkdir(parents=True)
-        for name, data in (
-            (_RECORD, record),
-            (_EVIDENCE, json.dumps({"error": error.name, "message": str(error), **facts}, indent=1).encode()),
-        ):
-            with (folder / name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for directory in (folder, self.quarantine_path):
-            fd = os.open(directory, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
+        _write_evidence(folder, error, record, **facts)
         return folder
 
     def evidence(self) -> list[dict[str, Any]]:
@@ -152,3 +165,18 @@ class DataDir:
                 where=str(self.path),
                 way_out="`stateferry quarantine` shows the evidence and the ways out",
             )
+
+
+def _write_evidence(folder: Path, error: StateferryError, record: bytes, **facts: Any) -> None:
+    for name, data in (
+        (_RECORD, record),
+        (_EVIDENCE, json.dumps({"error": error.name, "message": str(error), **facts}, indent=1).encode()),
+    ):
+        with (folder / name).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    for directory in (folder, folder.parent):
+        fd = os.open(directory, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)

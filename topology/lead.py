@@ -17,13 +17,14 @@ from typing import Any
 from pipeline import failpoints
 from pipeline.block import Rewind
 from pipeline.codec import Codec
-from pipeline.errors import CorruptInput, RewindTooDeep, StateferryError, WalkGap
+from pipeline.errors import CorruptInput, RewindTooDeep, StateferryError, Unsupported, WalkGap, WrongChain
 from pipeline.frame import Header
 from pipeline.generation import Generation
-from pipeline.inlet import EventReader
+from pipeline.inlet import EventReader, Stuck
 from pipeline.primary import Primary, epoch_frame
 from pipeline.replica import Outcome, Replica
 from topology import log_check, logs
+from topology.data_dir import DataDir
 from topology.sealing import Sealing
 from topology.settings import Settings
 from topology.transports.base import Broker
@@ -63,8 +64,9 @@ class Lead:
         self._replica = replica
         self._produce = produce
         self._writer = b""
-        self._reader = EventReader(generation.generation)
-        self._skip_to = 0  # offsets below it are void: an EPOCH at it mends what came before
+        self._reader: log_check.Events = EventReader(generation.generation)
+        self.refused: StateferryError | None = None  # why no event is taken in
+        self._stuck: Stuck | None = None  # behind the refused event
         self._leading = asyncio.Event()
         self._room = asyncio.Event()
         self._begun = asyncio.Event()  # something may be there to finish
@@ -78,7 +80,7 @@ class Lead:
         self.state = State.FOLLOWING
         self._leading.clear()
         self._finished.set()
-        self._skip_to = 0
+        self._stuck, self.refused = None, None
         self.next_blocks, self._reader = await log_check.find_events(self._broker, self._generation, self._replica)
         return self.next_blocks
 
@@ -123,15 +125,21 @@ class Lead:
         self._room.set()
 
     async def propose(self, offset: int, record: bytes) -> None:
-        """Begin the frames that follow from one record of the blocks topic. Raises what `Primary.begin` raises, with
-        the record's place."""
+        """Begin the frames that follow from one record of the blocks topic.
+
+        An event that is refused ends nothing: from there on all is void up to an EPOCH that mends it, and `refused`
+        says where and why. Raises what makes no sense to wait for, with the record's place.
+        """
         primary = self.primary
         assert primary is not None, self.state
-        ahead = primary.ahead
+        if self._stuck is not None:
+            self._look_for_mend(primary, self._stuck, offset, record)
+            return
+        ahead, event = primary.ahead, None
         source = (ahead.source_epoch, ahead.source_writer)
         try:
             found = self._reader.feed(record, offset, source)
-            if found is None or offset < self._skip_to:
+            if found is None:
                 return
             event, reading = found
             if isinstance(event, Rewind):
@@ -141,15 +149,35 @@ class Lead:
                 if self.primary is not primary:
                     return  # no longer in force: whoever leads next reads it again
             primary.begin(event, reading)
-        except (CorruptInput, WalkGap, RewindTooDeep) as error:
-            # A source that published again from here made this record void.
-            mend = await log_check.find_mend(self._broker, self._generation, offset + 1, source, ahead.walk)
-            if mend is None:
-                raise self._located(error, offset) from error
-            self._skip_to = mend
+        except (CorruptInput, WalkGap, RewindTooDeep, WrongChain) as error:
+            resume = f"publish again from there: `stateferry ingest ... --resume-from {ahead.walk + 1}`"
+            error.way_out = f"{error.way_out}; or {resume}" if error.way_out else resume
+            self._refuse(self._located(error, offset), offset, record)
+            self._stuck = Stuck(ahead.chain_id, ahead.generation, source, ahead.walk)
+            if event is not None:
+                self._stuck.mended_by(event)
         except StateferryError as error:
             raise self._located(error, offset) from error
         self._begun.set()
+
+    def _refuse(self, error: StateferryError, offset: int, record: bytes) -> None:
+        """Stop taking events in, and keep the evidence; reads go on."""
+        self.refused = error
+        aside = DataDir(self._settings.data_dir).set_aside(
+            error, record, topic=self._generation.events_topic, partition=self._replica.meta.shard, offset=offset
+        )
+        log.error("event_refused", error=error.name, message=str(error), kept_in=str(aside))
+
+    def _look_for_mend(self, primary: Primary, stuck: Stuck, offset: int, record: bytes) -> None:
+        """One record behind a refused one."""
+        try:
+            found = self._reader.feed(record, offset, stuck.source)
+        except (CorruptInput, Unsupported):
+            return
+        if found is not None and stuck.mended_by(found[0]):
+            primary.take_over(stuck.source)
+            self._stuck, self.refused = None, None
+            log.warning("event_mended", offset=offset, source_epoch=stuck.source[0])
 
     async def finish(self) -> list[Awaitable[Any]]:
         """The frame begun first, once it is sealed, produced. Returns what is done once it is durable."""
@@ -175,7 +203,7 @@ class Lead:
         return [await self._produce(record) for record in proposal.records]
 
     def _located(self, error: StateferryError, offset: int) -> StateferryError:
-        place = f"topic {self._generation.blocks_topic}, offset {offset}"
+        place = f"topic {self._generation.events_topic}, partition {self._replica.meta.shard}, offset {offset}"
         error.where = f"{error.where}, {place}" if error.where else place
         return error
 

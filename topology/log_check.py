@@ -8,29 +8,32 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.errors import CorruptInput, EventCorrupt, LogLost, OffsetOutOfRange
+from pipeline.errors import EventCorrupt, LogLost, OffsetOutOfRange
 from pipeline.frame import NO_HASH, digest_of
 from pipeline.generation import Generation
-from pipeline.inlet import NO_SOURCE, EventReader, Source, SourcePosition, mends
+from pipeline.inlet import NO_SOURCE, EventReader, SourcePosition
 from pipeline.position import LogMark, Meta, encode_meta
 from pipeline.replica import Replica
+from pipeline.splitting import ShardEventReader, stood_at
 from pipeline.stores.base import META_KEY, Batch
 from topology import logs, topics
 from topology.transports.base import Broker
 
 log = logs.get()
 
+Events = EventReader | ShardEventReader
 
-async def holds(broker: Broker, topic: str, mark: LogMark) -> bool:
+
+async def holds(broker: Broker, topic: str, partition: int, mark: LogMark) -> bool:
     """Whether the log still holds what the mark says was followed."""
-    first, end = await broker.bounds(topic, 0)
+    first, end = await broker.bounds(topic, partition)
     if mark.next_offset == 0 or (mark.next_offset == first and first <= end):
         return True  # nothing was read, or what was read is deleted by now
     if not mark.last_digest or mark.last_digest == NO_HASH:
         return mark.next_offset <= end
     if not first < mark.next_offset <= end:
         return False
-    found = await broker.read(topic, 0, mark.next_offset - 1, bytes_max=1)
+    found = await broker.read(topic, partition, mark.next_offset - 1, bytes_max=1)
     return bool(found) and found[0].offset == mark.next_offset - 1 and digest_of(found[0].value) == mark.last_digest
 
 
@@ -39,7 +42,8 @@ async def follow_back(broker: Broker, topic: str, replica: Replica, unread: Meta
 
     Raises LogLost when the journal does not reach far enough, OffsetOutOfRange when records in between are deleted.
     """
-    first, _ = await broker.bounds(topic, 0)
+    shard = replica.meta.shard
+    first, _ = await broker.bounds(topic, shard)
     if replica.meta.diffs.next_offset < first:
         raise OffsetOutOfRange(
             f"the diffs topic begins at offset {first}, this store follows from {replica.meta.diffs.next_offset}",
@@ -47,7 +51,7 @@ async def follow_back(broker: Broker, topic: str, replica: Replica, unread: Meta
             way_out="restore from a snapshot into an empty data directory: `stateferry restore`",
         )
     from_seq, frames = replica.meta.seq, 0
-    while not await holds(broker, topic, replica.meta.diffs):
+    while not await holds(broker, topic, shard, replica.meta.diffs):
         if replica.meta.seq > 0:
             replica.take_back()
             frames += 1
@@ -67,23 +71,26 @@ async def follow_back(broker: Broker, topic: str, replica: Replica, unread: Meta
         )
 
 
-async def find_events(broker: Broker, generation: Generation, replica: Replica) -> tuple[int, EventReader]:
+async def find_events(broker: Broker, generation: Generation, replica: Replica) -> tuple[int, Events]:
     """The offset from which a primary reads events, and the reader for them.
 
     A blocks topic that lost its end is read to where it is sound for the source in force; what was applied already is
     known by its walk number. Raises OffsetOutOfRange.
     """
-    topic, mark = generation.blocks_topic, replica.meta.blocks
-    first, end = await broker.bounds(topic, 0)
-    if await holds(broker, topic, mark):
+    topic, shard, mark = generation.events_topic, replica.meta.shard, replica.meta.blocks
+    first, end = await broker.bounds(topic, shard)
+    if await holds(broker, topic, shard, mark):
         if mark.next_offset < first:
             raise OffsetOutOfRange(f"the blocks topic begins at offset {first}", where=topic)
-        return mark.next_offset, EventReader(generation.generation, previous_digest=mark.last_digest or NO_HASH)
+        after = 0
+        if generation.shards > 1 and mark.next_offset > first:
+            after = stood_at((await broker.read(topic, shard, mark.next_offset - 1, bytes_max=1))[0].value)
+        return mark.next_offset, _reader(generation, shard, after=after, previous_digest=mark.last_digest or NO_HASH)
     log.warning("blocks_log_shorter", stored_offset=mark.next_offset, end_offset=end)
-    position = SourcePosition(generation.generation, generation.base)
-    reader = EventReader(generation.generation, with_ops=False)
+    position = SourcePosition(generation)
+    reader = _reader(generation, shard, with_ops=False)
     last, follow_on = NO_HASH, first
-    async for record in topics.records(broker, topic):
+    async for record in topics.records(broker, topic, partition=shard):
         if record.offset >= mark.next_offset:
             break
         follow_on, last = record.offset + 1, digest_of(record.value)
@@ -96,17 +103,27 @@ async def find_events(broker: Broker, generation: Generation, replica: Replica) 
             position.follow(found[0])
     epoch, writer = position.source if position.source[0] else NO_SOURCE
     replica.meta = replace(replica.meta, source_epoch=epoch, source_writer=writer)
-    return follow_on, EventReader(generation.generation, previous_digest=last)
+    return follow_on, _reader(generation, shard, previous_digest=last)
 
 
-async def find_mend(broker: Broker, generation: Generation, start: int, source: Source, walk: int) -> int | None:
-    """The offset of a valid EPOCH from ``start`` on, which makes a bad stretch before it void; None without one."""
-    reader = EventReader(generation.generation, with_ops=False)
-    async for record in topics.records(broker, generation.blocks_topic, start):
-        try:
-            found = reader.feed(record.value, record.offset, source)
-        except CorruptInput:
-            continue
-        if found is not None and mends(found[0], source, walk):
-            return record.offset
-    return None
+def _reader(
+    generation: Generation,
+    shard: int,
+    *,
+    after: int = 0,
+    links: bool = True,
+    previous_digest: bytes = NO_HASH,
+    with_ops: bool = True,
+) -> Events:
+    """Of the events that a shard's primary reads. ``after`` and ``links``: as of `CutReader`."""
+    if generation.shards == 1:
+        return EventReader(generation.generation, previous_digest=previous_digest, with_ops=with_ops)
+    return ShardEventReader(
+        generation.generation,
+        shard,
+        generation.shards,
+        after=after,
+        links=links,
+        previous_digest=previous_digest,
+        with_ops=with_ops,
+    )

@@ -20,6 +20,7 @@ EVENTS: Final[dict[str, str]] = {
     "state_proven": "height, keys, seconds",
     "log_taken_back": "frames, from_seq, to_seq, why",
     "blocks_log_shorter": "stored_offset, end_offset",
+    "splitter_started": "offset, walk",
     "epoch_claimed": "epoch, writer",
     "epoch_lost": "epoch, writer",  # of who won
     "group_committed": "height, seq, blocks, changes, bytes",
@@ -28,6 +29,8 @@ EVENTS: Final[dict[str, str]] = {
     "archive_gap_left": "first_height, last_height",  # neither archived nor in this node's journal
     "snapshot_taken": "height, manifest, parts, bytes, seconds",
     "generation_ended": "generation, successor",
+    "event_refused": "error, message, kept_in",
+    "event_mended": "offset, source_epoch",
     "node_quarantined": "error, evidence",
     "worker_failed": "error",  # and the traceback, of what nobody expected
     "stop_cut_short": "seconds",

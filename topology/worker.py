@@ -166,6 +166,9 @@ async def _watch(node: Node, until: Until) -> None:
         await asyncio.sleep(0.05)
         if node.has_arrived:
             node.stop()
+        refused = None if node.lead is None else node.lead.refused
+        if refused is not None and until != Until() and node.has_consumed_all:
+            node.fail(refused)  # without an end to reach it waits for a source that mends
         quiet_s = time.monotonic() - node.last_progress_s
         if until.idle and node.has_consumed_all and quiet_s >= IDLE_S and not node.archive_is_due:
             node.stop()

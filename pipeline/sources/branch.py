@@ -18,6 +18,7 @@ A `Branch` is nothing but what the topic's own events say: `connect` and `rewind
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.block import BlockRef
 from pipeline.errors import BlockOrphan, WalkInvalid, WrongChain
@@ -49,6 +50,22 @@ class RewindThenConnect:
 
 
 Plan = Skip | Connect | RewindThenConnect
+
+
+class Connected(NamedTuple):
+    """What `Branch.connect` did. ``was_left``: the block stood on a branch that was left before."""
+
+    was_left: bool
+
+
+class Rewound(NamedTuple):
+    """What `Branch.rewind` did: hashes of the blocks it left, from the lowest."""
+
+    left: tuple[bytes, ...]
+
+
+_NEW, _AGAIN = Connected(False), Connected(True)
+"""One of each: a long walk holds references to them."""
 
 
 class Branch:
@@ -89,7 +106,7 @@ class Branch:
         """Whether the block was connected once and does not stand on the current branch any more."""
         return block_hash in self._left
 
-    def connect(self, ref: BlockRef, parent_hash: bytes) -> None:
+    def connect(self, ref: BlockRef, parent_hash: bytes) -> Connected:
         """A block became the tip. Raises WalkInvalid unless it goes on top of the tip."""
         tip = self.tip
         expected = (0, _NO_PARENT) if tip is None else (tip.height + 1, tip.block_hash)
@@ -97,9 +114,11 @@ class Branch:
             raise WalkInvalid(f"block {ref} on parent {_shown(parent_hash)} does not go on top of {tip or 'nothing'}")
         self._hashes.append(ref.block_hash)
         self._heights[ref.block_hash] = ref.height
+        was_left = ref.block_hash in self._left
         self._left.discard(ref.block_hash)
+        return _AGAIN if was_left else _NEW
 
-    def rewind(self, to: BlockRef) -> None:
+    def rewind(self, to: BlockRef) -> Rewound:
         """``to`` became the tip; what was above it is left. Raises WalkInvalid unless it stands on the
         branch."""
         if self.ref(to.block_hash) != to:
@@ -110,6 +129,21 @@ class Branch:
         for block_hash in left:
             del self._heights[block_hash]
         self._left.update(left)
+        return Rewound(tuple(left))
+
+    def take_back(self, step: Connected | Rewound) -> None:
+        """The last step, which `connect` or `rewind` gave, was never taken: its blocks are as they were before."""
+        match step:
+            case Connected(was_left=was_left):
+                block_hash = self._hashes.pop()
+                del self._heights[block_hash]
+                if was_left:
+                    self._left.add(block_hash)
+            case Rewound(left=left):
+                for block_hash in left:
+                    self._heights[block_hash] = self._first_height + len(self._hashes)
+                    self._hashes.append(block_hash)
+                self._left.difference_update(left)
 
     @property
     def begins_with(self) -> BlockRef | None:

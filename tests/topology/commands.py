@@ -197,12 +197,20 @@ class Site:
 
     def wait_for(self, node: str, process: subprocess.Popen[str] | None = None, **wanted: object) -> Any:
         """Until a running worker's status has these values; the status."""
+        return self.wait_for_status(
+            node, process, lambda status: all(status.get(name) == value for name, value in wanted.items())
+        )
+
+    def wait_for_status(
+        self, node: str, process: subprocess.Popen[str] | None, wanted: Callable[[dict[str, Any]], bool]
+    ) -> Any:
+        """Until a running worker's status is as wanted; the status."""
         path, found = self.dir(node) / "control.sock", {}
 
         def holds() -> bool:
             with contextlib.suppress(StateferryError):
                 found.update(control.ask(path, {"what": "status"}) or {})
-            return all(found.get(name) == value for name, value in wanted.items())
+            return bool(found) and wanted(found)
 
         wait_until(holds, process)
         return found
@@ -267,10 +275,13 @@ class Site:
                 log.append(topic, 0, [(None, record) for record in records])
                 return
         partition = self._partition(topic)
-        for record in records:
-            ((end,),) = self.sql("UPDATE partition SET end = end + 1 WHERE id = ? RETURNING end", partition)
-            row = (partition << OFFSET_BITS) | (end - 1)
-            self.sql("INSERT INTO record (id, timestamp_ms, key, value) VALUES (?, 0, NULL, ?)", row, record)
+        with contextlib.closing(sqlite3.connect(self.log, timeout=WAIT_S)) as connection, connection:
+            for record in records:
+                more = "UPDATE partition SET end = end + 1 WHERE id = ? RETURNING end"
+                ((end,),) = connection.execute(more, (partition,)).fetchall()
+                row = (partition << OFFSET_BITS) | (end - 1)
+                new = "INSERT INTO record (id, timestamp_ms, key, value) VALUES (?, 0, NULL, ?)"
+                connection.execute(new, (row, record))
 
     def cut(self, topic: str, records: int) -> list[bytes]:
         """Take the last records off a topic, as a power cut of a broker without fsync does. Returns them."""

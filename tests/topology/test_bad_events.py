@@ -55,7 +55,7 @@ def stops(site: Site, error: type[StateferryError], *says: str) -> None:
     offset = len(site.records("blocks")) - 1
     for _ in range(2):
         said = site.here("run", "--role", "primary", "--until-idle").failed(error)
-        for word in (*says, f"topic blocks, offset {offset}"):
+        for word in (*says, f"topic blocks, partition 0, offset {offset}"):
             assert word in said
     site.follow("replica", "r")
 

@@ -16,10 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline.block import Block, BlockRef
 from pipeline.errors import BlockOrphan, NotFound, SettingsConflict, UsageError
 from pipeline.generation import FINALITY_DEFAULT, Generation
-from pipeline.inlet import SourcePosition
 from pipeline.objects import open_objects
+from pipeline.shards import SHARDS_MAX
 from pipeline.sources import bitcoin, bitcoin_files, synthetic
-from topology import base_state, snapshotter, source, topics
+from topology import base_state, snapshotter, source, topic_check, topics
 from topology.commands.common import ask_broker, common_options, console, emit, is_terminal, rows
 from topology.settings import CHAIN_DEFAULT, Settings
 from topology.source import Offer, Publisher
@@ -37,6 +37,22 @@ def ingest() -> None:
     """Publish blocks as events: connect, and rewind where the branch changes."""
 
 
+_shards_option = click.option(
+    "--shards",
+    type=int,
+    help=f"Of the generation that this opens: a power of two up to {SHARDS_MAX}. [default: as the topics were made, 1]",
+)
+
+
+_resume_option = click.option(
+    "--resume-from",
+    type=click.IntRange(min=1),
+    metavar="WALK",
+    help="Say everything again from this walk number on: what the topic says from there is void. The primary that "
+    "stopped at a bad event names the number, and goes on from there.",
+)
+
+
 @ingest.command("bitcoin")
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--again", is_flag=True, help="Take blocks of a branch that was left before.")
@@ -46,6 +62,8 @@ def ingest() -> None:
     help="JSON lines of the coins that stand before the first block: published as a base manifest.",
 )
 @click.option("--base-height", type=click.IntRange(min=0), help="Height of the first block's parent, without BIP34.")
+@_resume_option
+@_shards_option
 @common_options
 def ingest_bitcoin(
     settings: Settings,
@@ -53,20 +71,23 @@ def ingest_bitcoin(
     again: bool,
     base_coins: Path | None,
     base_height: int | None,
+    resume_from: int | None,
+    shards: int | None,
     as_json: bool,
 ) -> None:
     """Blocks from FILES: blk*.dat, raw blocks, or hex lines; plain, .gz, .zst or .bz2; in the order given."""
 
     async def publish(broker: Broker) -> dict[str, Any]:
         generation = await topics.current_generation(broker)
+        topics.check_shards(shards, generation)
         if base_coins is not None:
+            _check_base_shards(shards or await topics.shards_of_topics(broker))
             generation = await _base_generation(settings, broker, generation, files[0], base_coins, base_height)
         if generation is None:
             _check_first_block(files[0])
-            generation = await _new_generation(settings, broker)
-        topics.check_chain(settings.chain, generation.chain_id, settings.broker_url)
-        position = await source.read_position(broker, generation)
-        return await _publish(broker, generation, position, _bitcoin_offers(files), again=again, total=None)
+            generation = await _new_generation(settings, broker, shards)
+        publisher = await _open_publisher(settings, broker, generation, resume_from)
+        return await _publish(publisher, generation, _bitcoin_offers(files), again=again, total=None)
 
     settings.data_dir.mkdir(parents=True, exist_ok=True)  # the log may be in there
     document = ask_broker(settings, publish)
@@ -82,6 +103,8 @@ def ingest_bitcoin(
 @click.option("--reorg-every", type=click.IntRange(min=1), help="Leave the branch after every so many blocks.")
 @click.option("--reorg-depth", type=click.IntRange(1, 100), default=3, show_default=True)
 @click.option("--interval-s", type=click.FloatRange(min=0), default=0.0, help="Wait between blocks, as a chain does.")
+@_resume_option
+@_shards_option
 @common_options
 def ingest_synthetic(
     settings: Settings,
@@ -93,6 +116,8 @@ def ingest_synthetic(
     reorg_every: int | None,
     reorg_depth: int,
     interval_s: float,
+    resume_from: int | None,
+    shards: int | None,
     as_json: bool,
 ) -> None:
     """A made-up chain of heavier blocks: the same seed, the same bytes."""
@@ -101,17 +126,18 @@ def ingest_synthetic(
     total = None if endless else count or BLOCKS_DEFAULT
 
     async def publish(broker: Broker) -> dict[str, Any]:
-        generation = await topics.current_generation(broker) or await _new_generation(settings, broker)
-        topics.check_chain(settings.chain, generation.chain_id, settings.broker_url)
-        position = await source.read_position(broker, generation)
-        parent = position.branch.tip if endless else None
+        generation = await topics.current_generation(broker)
+        topics.check_shards(shards, generation)
+        generation = generation or await _new_generation(settings, broker, shards)
+        publisher = await _open_publisher(settings, broker, generation, resume_from)
+        parent = publisher.position.branch.tip if endless else None
         if from_height is not None:
-            parent = position.branch.at(from_height)
+            parent = publisher.position.branch.at(from_height)
             if parent is None:
                 raise NotFound(f"the branch on the topic has no block at height {from_height}")
         make = partial(_synthetic, changes=changes, seed=seed, reorg_every=reorg_every, reorg_depth=reorg_depth)
         made = _endless(parent, changes, make) if total is None else make(parent, total)
-        return await _publish(broker, generation, position, source.offers(made), total=total, interval_s=interval_s)
+        return await _publish(publisher, generation, source.offers(made), total=total, interval_s=interval_s)
 
     settings.data_dir.mkdir(parents=True, exist_ok=True)  # the log may be in there
     document = ask_broker(settings, publish)
@@ -144,10 +170,18 @@ def _synthetic(
             chain.fork(reorg_depth, number)
 
 
+async def _open_publisher(
+    settings: Settings, broker: Broker, generation: Generation, resume_from: int | None
+) -> Publisher:
+    """Raises WrongChain, and SettingsConflict for topics that a worker would refuse."""
+    topics.check_chain(settings.chain, generation.chain_id, settings.broker_url)
+    await topic_check.check(broker, generation, settings.topic_prefix)
+    return await source.open_publisher(broker, generation, resume_from)
+
+
 async def _publish(
-    broker: Broker,
+    publisher: Publisher,
     generation: Generation,
-    position: SourcePosition,
     offered: Iterator[Offer],
     *,
     again: bool = False,
@@ -155,7 +189,6 @@ async def _publish(
     interval_s: float = 0.0,
 ) -> dict[str, Any]:
     started_s = time.monotonic()
-    publisher = Publisher(broker, generation, position)
     connected = skipped = rewinds = 0
     with Progress(
         TextColumn("ingest"),
@@ -220,9 +253,21 @@ def _check_first_block(file: Path) -> None:
         )
 
 
-async def _new_generation(settings: Settings, broker: Broker) -> Generation:
-    wanted = Generation(generation=secrets.token_bytes(16), chain_id=settings.chain or CHAIN_DEFAULT)
+async def _new_generation(settings: Settings, broker: Broker, shards: int | None) -> Generation:
+    wanted = Generation(
+        generation=secrets.token_bytes(16),
+        chain_id=settings.chain or CHAIN_DEFAULT,
+        shards=shards or await topics.shards_of_topics(broker),
+    )
     return await topics.open_generation(broker, wanted)
+
+
+def _check_base_shards(shards: int) -> None:
+    if shards > 1:
+        raise UsageError(
+            "a chain that begins with base coins has one shard so far",
+            way_out="leave --shards out, or ingest from the chain's first block on",
+        )
 
 
 async def _base_generation(
