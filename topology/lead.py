@@ -25,7 +25,7 @@ from pipeline.primary import Primary, epoch_frame
 from pipeline.replica import Outcome, Replica
 from topology import log_check, logs
 from topology.data_dir import DataDir
-from topology.sealing import Sealing
+from topology.sealing import Sealing, sealing_lost
 from topology.settings import Settings
 from topology.transports.base import Broker
 
@@ -158,6 +158,8 @@ class Lead:
                 self._stuck.mended_by(event)
         except StateferryError as error:
             raise self._located(error, offset) from error
+        except BrokenProcessPool as error:
+            raise sealing_lost() from error
         self._begun.set()
 
     def _refuse(self, error: StateferryError, offset: int, record: bytes) -> None:
@@ -192,10 +194,7 @@ class Lead:
         try:
             proposal = primary.finish()
         except BrokenProcessPool as error:
-            raise StateferryError(
-                "the process that seals blocks was ended by somebody else",
-                way_out="start again; if it happens again, see whether memory runs out",
-            ) from error
+            raise sealing_lost() from error
         failpoints.hit("propose.computed")
         if not primary.is_sealing:
             self._finished.set()

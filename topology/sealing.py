@@ -13,6 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 
 from pipeline.codec import Codec
 from pipeline.diff import Diff
+from pipeline.errors import StateferryError
 from pipeline.seal import Seal, Shared, seal, seal_at_once
 
 _CHANGES_MIN = 200
@@ -41,6 +42,14 @@ class Sealing:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
+
+
+def sealing_lost() -> StateferryError:
+    """What a BrokenProcessPool says to whoever runs the worker."""
+    return StateferryError(
+        "the process that seals blocks was ended by somebody else",
+        way_out="start again; if it happens again, see whether memory runs out",
+    )
 
 
 def _end_with_parent() -> None:

@@ -54,7 +54,7 @@ BLOCKS = 200
 REPEATS = 40
 """Times that the real block is applied."""
 _TURN_BLOCKS = 20
-_BEGUN_MAX = 2
+_BEGUN_MAX = 4
 """Blocks that wait for their seal: what a worker that is behind has as well."""
 
 
