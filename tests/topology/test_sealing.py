@@ -1,4 +1,4 @@
-"""The process beside a primary that seals its blocks: it is there when blocks are worth it, and ends with its worker."""
+"""The process beside a primary that seals its blocks: there when blocks are worth it, and gone with its worker."""
 
 from __future__ import annotations
 
