@@ -23,7 +23,7 @@ from pipeline.generation import Generation, Opening
 from pipeline.position import Meta, decode_meta, encode_meta
 from pipeline.replica import Applied, Ended, Outcome, Reign, Replica, Step, Void
 from pipeline.stores.base import META_KEY, PROOF_KEY, ROLE_KEY, Batch
-from pipeline.stores.rocksdb import RocksStore
+from pipeline.stores.rocksdb import BLOCK_CACHE_BYTES, MEMTABLES_BYTES_MAX, RocksStore
 from pipeline.verify import Proof, decode_proof, encode_proof
 from topology import log_check, logs, topics
 from topology.archiver import Archiver
@@ -396,11 +396,13 @@ class Node:
     @property
     def buffers(self) -> dict[str, Held]:
         """What every buffer holds now. A bound is looked at before a block is taken in: one may stand above it."""
-        lead, settings = self.lead, self.settings
+        lead, settings, memory = self.lead, self.settings, self.store.memory()
         dirty_bytes = self.replica.layers.dirty_bytes
         held = {
             "group": Held(self._group_bytes(), settings.group_bytes_max),
             "frame_chunks": Held(self.replica.held_chunk_bytes, chunk.MESSAGE_BYTES_MAX),
+            "memtables": Held(memory.memtables_bytes, MEMTABLES_BYTES_MAX),
+            "block_cache": Held(memory.block_cache_bytes, BLOCK_CACHE_BYTES),
         }
         if lead is None:
             return held | {"dirty_layers": Held(dirty_bytes, settings.group_bytes_max)}

@@ -6,7 +6,7 @@ what it was told, and never torn between column families, as all three share one
 an older store simply reads on. `flush` syncs; snapshots and restores call it before they publish anything.
 
 **Memory.** Memtables: state 2 x 24 MiB, undo 2 x 8 MiB, meta 2 x 1 MiB; one block cache of 32 MiB for all families:
-98 MiB at most. Filters and indexes of open files come on top, some 2 bytes a key. Options are those measured in
+100 MiB at most. Filters and indexes of open files come on top, some 2 bytes a key. Options are those measured in
 `stateferry bench apply`: full bloom filters of 10 bits (a miss is answered without a disk read), hash index inside data
 blocks, memtable bloom, no compression (values are hashes), dynamic levels.
 """
@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from rocksdict import (
     AccessType,
@@ -40,6 +41,8 @@ BLOCK_CACHE_BYTES = 32 << 20
 _STATE_MEMTABLE_BYTES = 24 << 20
 _UNDO_MEMTABLE_BYTES = 8 << 20
 _META_MEMTABLE_BYTES = 1 << 20
+MEMTABLES_BYTES_MAX = 2 * (_STATE_MEMTABLE_BYTES + _UNDO_MEMTABLE_BYTES + 2 * _META_MEMTABLE_BYTES)
+"""One of each family that is written to, and one that is being flushed."""
 _UNBORN = re.compile(
     r"LOCK|LOG.*|IDENTITY|rocksdict-config\.json|(MANIFEST|OPTIONS)-\d+|\d+\.(log|dbtmp)|OPTIONS-\d+\.dbtmp"
 )
@@ -105,6 +108,13 @@ def named_errors(path: Path) -> Iterator[None]:
         raise
 
 
+class Memory(NamedTuple):
+    """What RocksDB holds; its bounds are `MEMTABLES_BYTES_MAX` and `BLOCK_CACHE_BYTES`."""
+
+    memtables_bytes: int
+    block_cache_bytes: int
+
+
 class RocksStore:
     """A `Store` in one directory."""
 
@@ -145,6 +155,14 @@ class RocksStore:
                 where=str(self.path),
                 way_out="upgrade stateferry",
             )
+
+    def memory(self) -> Memory:
+        """What RocksDB holds now."""
+        families = (self._db, self._state, self._undo, self._meta)
+        return Memory(
+            memtables_bytes=sum(family.property_int_value("rocksdb.size-all-mem-tables") or 0 for family in families),
+            block_cache_bytes=self._cache.get_usage(),
+        )
 
     def get(self, storage_keys: list[bytes]) -> list[bytes | None]:
         with named_errors(self.path):

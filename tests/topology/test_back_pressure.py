@@ -32,6 +32,7 @@ class Watched(Node):
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
         self.most: dict[str, int] = {}
+        self.bounds: dict[str, int] = {}
         self.largest_block = 0
         seen.append(self)
 
@@ -51,6 +52,7 @@ class Watched(Node):
     def note(self) -> None:
         for name, held in self.buffers.items():
             self.most[name] = max(self.most.get(name, 0), held.bytes)
+            self.bounds[name] = held.bytes_max
         self.largest_block = max([self.largest_block, *self.replica.layers._sizes.values()])
 
     @property
@@ -63,9 +65,9 @@ class Watched(Node):
 
     def check(self) -> None:
         """Nothing was ever above its bound by more than the block that reached it, and those being sealed then."""
-        for name, held in self.buffers.items():
+        for name, bound_bytes in self.bounds.items():
             room = 0 if name.endswith("chunks") else (1 + BEGUN_MAX) * self.largest_block
-            assert self.most[name] <= held.bytes_max + room, name
+            assert self.most[name] <= bound_bytes + room, name
 
 
 seen: list[Watched] = []
