@@ -114,12 +114,12 @@ class Application:
     async def run(self) -> None:
         """Start, run until the node stops, end in seconds."""
         beside = [asyncio.create_task(applier.check_acknowledgements(self.node, self._acknowledgements))]
-        await self.app.start()
-        if self.node.lead is not None:
-            beside.append(asyncio.create_task(applier.finish_begun(self.node, self._acknowledgements)))
         crashed = asyncio.create_task(self.app._crashed.wait())
         stopping = asyncio.create_task(self.node.stopping.wait())
         try:
+            await self.app.start()
+            if self.node.lead is not None:
+                beside.append(asyncio.create_task(applier.finish_begun(self.node, self._acknowledgements)))
             await asyncio.wait({stopping, crashed}, return_when=asyncio.FIRST_COMPLETED)
             if crashed.done() and not stopping.done():
                 self.node.fail(self.app._crash_reason or RuntimeError("the Faust application crashed"))

@@ -66,7 +66,10 @@ def configure(*, verbose: bool) -> None:
     for handler in logging.getLogger().handlers:
         handler.addFilter(Sparse())
     renderer: structlog.types.Processor = (
-        structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+        # Its usual tracebacks show local variables, and a password may be one.
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        if sys.stderr.isatty()
+        else structlog.processors.JSONRenderer()
     )
     structlog.configure(
         processors=[

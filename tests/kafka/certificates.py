@@ -34,14 +34,14 @@ class Authority:
         """A broker's key and certificate in one file, as Kafka's PEM key store wants them."""
         return self._issue(file, "broker", hosts, ExtendedKeyUsageOID.SERVER_AUTH, days, b"")
 
-    def client(self, file: str, *, name: str, password: bytes = b"") -> Path:
+    def client(self, file: str | Path, *, name: str, password: bytes = b"") -> Path:
         """A client's key, encrypted if there is a password, and certificate in one file; Kafka's principal is
         ``User:CN=name``."""
         return self._issue(file, name, (), ExtendedKeyUsageOID.CLIENT_AUTH, (-1, 30), password)
 
     def _issue(
         self,
-        file: str,
+        file: str | Path,
         name: str,
         hosts: tuple[str, ...],
         purpose: x509.ObjectIdentifier,

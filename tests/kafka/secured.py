@@ -5,11 +5,23 @@ One listener each for what a client may meet; ``PLAINTEXT`` is the administrator
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
+import json
+import os
+import secrets
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
+
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.protocol.admin import CreateAclsRequest
 
 from tests.kafka.certificates import Authority
 from tests.kafka.server import VERSION_DEFAULT, Server, free_port
+from topology.acls import Grant
 
 LISTENERS: Final = {
     "SSL": "SSL",  # a broker's certificate, and none of the client's
@@ -18,9 +30,16 @@ LISTENERS: Final = {
     "SCRAM_ONLY": "SASL_SSL",
     "EXPIRED": "SSL",  # shows a certificate that is no longer valid
     "ELSEWHERE": "SSL",  # shows a certificate of another host
+    "LOST": "PLAINTEXT",  # says that the broker is where nobody listens
 }
 """Names of listeners, and the protocol that each speaks."""
 USERS: Final = ("source", "primary", "replica", "operator")
+_KINDS: Final = {"topic": 2, "group": 3}
+_OPERATIONS: Final = {"READ": 3, "WRITE": 4, "CREATE": 5, "DELETE": 6, "DESCRIBE": 8, "DESCRIBE_CONFIGS": 10}
+_LITERAL: Final = 3
+_PREFIXED: Final = 4
+_ALLOW: Final = 3
+"""Kafka's numbers."""
 
 
 def password_of(user: str) -> str:
@@ -35,7 +54,12 @@ class SecuredServer(Server):
         super().__init__(folder, version)
         self.ports = {name: free_port() for name in LISTENERS}
         self.authority = Authority(folder / "authority", "tests")
-        self.stranger = Authority(folder / "stranger", "a stranger")
+        for user in USERS:
+            path = folder / f"{user}.password"
+            path.touch(mode=0o600)
+            path.write_text(f"{password_of(user)}\n")
+        self.authority.client(folder / "primary.pem", name="primary")
+        Authority(folder / "stranger", "a stranger").client(folder / "stranger.pem", name="primary")
 
     def _properties(self) -> dict[str, object]:
         here = ("127.0.0.1", "localhost")
@@ -45,11 +69,12 @@ class SecuredServer(Server):
             "ELSEWHERE": self.authority.server("elsewhere.pem", hosts=("elsewhere.example",)),
         }
         plain = super()._properties()
-        secured = "".join(f",{name}://127.0.0.1:{port}" for name, port in self.ports.items())
+        own = "".join(f",{name}://127.0.0.1:{port}" for name, port in self.ports.items())
+        shown = "".join(f",{name}://127.0.0.1:{port}" for name, port in (self.ports | {"LOST": 1}).items())
         protocols = "".join(f",{name}:{protocol}" for name, protocol in LISTENERS.items())
         more: dict[str, object] = {
-            "listeners": f"{plain['listeners']}{secured}",
-            "advertised.listeners": f"{plain['advertised.listeners']}{secured}",
+            "listeners": f"{plain['listeners']}{own}",
+            "advertised.listeners": f"{plain['advertised.listeners']}{shown}",
             "listener.security.protocol.map": f"{plain['listener.security.protocol.map']}{protocols}",
             "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
             "super.users": "User:ANONYMOUS",
@@ -78,3 +103,100 @@ class SecuredServer(Server):
             for user in USERS
             for word in ("--add-scram", f"SCRAM-SHA-512=[name={user},password={password_of(user)}]")
         ]
+
+
+class Secured(NamedTuple):
+    """A `SecuredServer` that runs: what its users have to know."""
+
+    folder: Path
+    port: int
+    ports: dict[str, int]
+    pid: int
+
+    @property
+    def admin_url(self) -> str:
+        return f"kafka://127.0.0.1:{self.port}"
+
+    def url(self, listener: str) -> str:
+        return f"kafka://127.0.0.1:{self.ports[listener]}"
+
+    @property
+    def ca(self) -> Path:
+        return self.folder / "authority" / "ca.pem"
+
+    def client(self, name: str) -> Path:
+        """A client's key and certificate: of `primary`, which the broker trusts, or of `stranger`."""
+        return self.folder / f"{name}.pem"
+
+    def password_file(self, user: str) -> Path:
+        return self.folder / f"{user}.password"
+
+    def settings(self, listener: str, user: str = "", mechanism: str = "SCRAM-SHA-512") -> dict[str, str]:
+        """The environment of somebody who uses a listener as it wants to be used."""
+        found = {
+            "STATEFERRY_BROKER": self.url(listener),
+            "STATEFERRY_KAFKA_SECURITY_PROTOCOL": LISTENERS[listener],
+            "STATEFERRY_KAFKA_CA_FILE": str(self.ca),
+        }
+        if listener == "MUTUAL":
+            found["STATEFERRY_KAFKA_CERTIFICATE_FILE"] = str(self.client("primary"))
+        if LISTENERS[listener] == "SASL_SSL":
+            found |= {
+                "STATEFERRY_KAFKA_SASL_MECHANISM": mechanism,
+                "STATEFERRY_KAFKA_USERNAME": user,
+                "STATEFERRY_KAFKA_PASSWORD_FILE": str(self.password_file(user)),
+            }
+        return found
+
+
+@contextmanager
+def secured_server(folder: Path, version: str) -> Iterator[Secured]:
+    """A broker that all processes of a test run share: the last one that holds the lock ends it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = folder / "secured.json"
+    with (folder / "USERS").open("w") as users, (folder / "STARTING").open("w") as starting:
+        fcntl.flock(starting, fcntl.LOCK_EX)
+        fcntl.flock(users, fcntl.LOCK_SH)
+        if not state.exists():
+            server = SecuredServer(folder / secrets.token_hex(4), version)
+            server.start()
+            assert server.process is not None
+            state.write_text(json.dumps([str(server.folder), server.port, server.ports, server.process.pid]))
+        at, *rest = json.loads(state.read_text())
+        found = Secured(Path(at), *rest)
+        fcntl.flock(starting, fcntl.LOCK_UN)
+        try:
+            yield found
+        finally:
+            fcntl.flock(users, fcntl.LOCK_UN)
+            with suppress(BlockingIOError):
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                state.unlink(missing_ok=True)
+                os.kill(found.pid, signal.SIGKILL)  # its data goes with the folder
+
+
+def grant(server: Secured, principal: str, grants: Sequence[Grant]) -> None:
+    """Add ACLs, and wait until the broker knows them."""
+
+    async def main() -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=server.admin_url.removeprefix("kafka://"))
+        await admin.start()
+        try:
+            for kind, name, is_prefix, operations in grants:
+                for operation in operations:
+                    made = await admin._send_request(
+                        CreateAclsRequest(
+                            _KINDS[kind],
+                            name,
+                            _PREFIXED if is_prefix else _LITERAL,
+                            principal,
+                            "*",
+                            _OPERATIONS[operation],
+                            _ALLOW,
+                        )
+                    )
+                    assert made.creation_responses[0][0] == 0, made
+        finally:
+            await admin.close()
+
+    asyncio.run(main())

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 from aiokafka import TopicPartition
-from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
+from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError, TopicAuthorizationFailedError
 from aiokafka.partitioner import DefaultPartitioner
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
@@ -28,6 +28,7 @@ from topology.transports.base import StoredOffsets
 from topology.transports.kafka_address import PORT_DEFAULT, Address, shown
 from topology.transports.kafka_appends import Appends, producer_settings
 from topology.transports.kafka_security import PLAINTEXT, Security
+from topology.transports.kafka_topics import Admin
 
 FETCH_WAIT_MS: Final = 50
 """Fifty fetches cost a quiet worker nothing; Faust's 1.5 s would be the lag of a partition that shares its broker."""
@@ -56,6 +57,16 @@ class Consumer(StoredOffsets, driver.Consumer):  # type: ignore[misc]
     def _new_consumer_thread(self) -> ConsumerThread:
         return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
 
+    async def on_start(self) -> None:
+        """Look whether the group may be joined, then start. Raises ``NotAuthorized``, ``BrokerUnavailable``."""
+        group = self.app.conf.id
+        try:
+            await self.transport.check_group(group)
+        except KafkaError as error:
+            needs = f"READ on group {group}"
+            raise await self.transport.why_failed(error, "joining the group", needs=needs) from error
+        await super().on_start()
+
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, ConsumerMessage]]:  # noqa: ASYNC109
         """Yield fetched messages. Raises ``OffsetOutOfRange`` where the log lost them."""
         try:
@@ -67,6 +78,10 @@ class Consumer(StoredOffsets, driver.Consumer):  # type: ignore[misc]
                 where=shown(self.transport.brokers),
                 way_out="start again: a start compares the store with the log, and says what to do",
             ) from error
+        except TopicAuthorizationFailedError as error:
+            topic = ",".join(map(str, error.args))
+            why = await self.transport.why_failed(error, "reading", needs=f"READ on topic {topic}")
+            raise why from error
 
     def _to_message(self, tp: TP, record: Any) -> ConsumerMessage:
         if record.value is None:  # nobody of ours writes this; it is as void as any garbage
@@ -148,11 +163,25 @@ class Transport(driver.Transport):  # type: ignore[misc]
     Producer: ClassVar[type[Producer]] = Producer
 
     @property
+    def security(self) -> Security:
+        """What the application set as ``kafka_security``."""
+        return getattr(self.app, "kafka_security", PLAINTEXT)
+
+    @property
     def brokers(self) -> list[Address]:
         """The cluster's brokers, as the application named them."""
         return [Address(url.host or "", url.port or PORT_DEFAULT) for url in self.url]
 
+    async def check_group(self, group: str) -> None:
+        """See ``Admin.check_group``."""
+        servers = list(map(str, self.brokers))
+        admin = Admin(bootstrap_servers=servers, **self.security.client_settings)
+        try:
+            await admin.start()
+            await admin.check_group(group)
+        finally:
+            await admin.close()
+
     async def why_failed(self, error: BaseException, what: str, *, needs: str) -> StateferryError:
-        """See ``kafka_access.why_failed``. The application says with ``kafka_security`` how it connects."""
-        security: Security = getattr(self.app, "kafka_security", PLAINTEXT)
-        return await kafka_access.why_failed(error, what, self.brokers, security, needs=needs)
+        """See ``kafka_access.why_failed``."""
+        return await kafka_access.why_failed(error, what, self.brokers, self.security, needs=needs)

@@ -22,6 +22,7 @@ from aiokafka.errors import (
     KafkaError,
     KafkaTimeoutError,
     MessageSizeTooLargeError,
+    NodeNotReadyError,
     SaslAuthenticationFailed,
     TopicAuthorizationFailedError,
     UnknownTopicOrPartitionError,
@@ -95,9 +96,11 @@ async def _check_named(other: Address, by: Address, security: Security, timeout_
     try:
         await _walk(other, security, timeout_s)
     except (BrokerUnavailable, AccessDenied) as failure:
-        failure.what += f"; {by} named this broker"
-        failure.way_out = f"{failure.way_out or _START}; or check the broker's advertised.listeners"
-        raise
+        raise type(failure)(
+            f"{failure.what}; {by} named this broker",
+            where=str(other),
+            way_out=f"{failure.way_out or _START}; or check the broker's advertised.listeners",
+        ) from failure
 
 
 async def _walk(broker: Address, security: Security, timeout_s: float) -> list[Address]:
@@ -301,7 +304,7 @@ async def why_failed(
             )
         case TopicAuthorizationFailedError() | GroupAuthorizationFailedError() | ClusterAuthorizationFailedError():
             return not_authorized(what, needs, brokers, security)
-        case KafkaConnectionError() | KafkaTimeoutError() | TimeoutError():
+        case KafkaConnectionError() | KafkaTimeoutError() | NodeNotReadyError() | TimeoutError():
             try:
                 await check_access(brokers, security, all_named=True)
             except StateferryError as denied:

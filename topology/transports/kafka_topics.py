@@ -7,8 +7,10 @@ from typing import Final
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import TopicAlreadyExistsError
+from aiokafka.errors import GroupAuthorizationFailedError, TopicAlreadyExistsError
 from aiokafka.errors import for_code as error_of
+from aiokafka.protocol.coordination import FindCoordinatorRequest
+from aiokafka.protocol.group import HeartbeatRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
 from pipeline.errors import UsageError
@@ -29,6 +31,8 @@ COMPACTED_CONFIG: Final = {
     "segment.bytes": str(16 << 20),  # what is still written to is never compacted
 }
 """What a compacted one has instead."""
+_OF_A_GROUP: Final = 0
+_NO_GENERATION: Final = -1
 COPIES: Final = 3
 """Of every record, where there are as many brokers: one may be lost, and nothing waits for it."""
 
@@ -82,6 +86,19 @@ class Admin(AIOKafkaAdminClient):  # type: ignore[misc]
         _, code, reason = created.topic_errors[0]
         if code not in (0, TopicAlreadyExistsError.errno):
             raise error_of(code)(reason)
+
+    async def check_group(self, group: str) -> None:
+        """Whether one may be a member of a consumer group: aiokafka's consumer would wait for ever, and say nothing.
+
+        Raises ``GroupAuthorizationFailedError``.
+        """
+        found = await self._send_request(FindCoordinatorRequest(group, _OF_A_GROUP))
+        code = found.error_code
+        if not code:
+            nobody = HeartbeatRequest(group, _NO_GENERATION, "")  # takes the permission, and changes nothing
+            code = (await self._send_request_to_node(found.coordinator_id, nobody)).error_code
+        if code == GroupAuthorizationFailedError.errno:
+            raise GroupAuthorizationFailedError(group)
 
     async def config(self, topic: str) -> Mapping[str, str]:
         """All settings of a topic, those that it has by default included."""

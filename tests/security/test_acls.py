@@ -1,0 +1,89 @@
+"""Permissions: those that are documented are enough for each role, and each of them is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import NotAuthorized
+from tests.chains import block_files
+from tests.kafka.secured import Secured, grant
+from tests.security.users import coming_as, site_on
+from tests.topology.commands import Site, same_state
+from topology.acls import ROLES, Grant, grants_of
+
+BLOCKS = block_files("reorg_btcd", "main")
+RUN = {
+    "operator": [("topics", "create"), ("topics", "check")],
+    "source": [("ingest", "bitcoin", *BLOCKS)],
+    "primary": [("run", "--role", "primary", "--until-idle")],
+    "replica": [("run", "--role", "replica", "--until-idle")],
+}
+
+
+def run_as(site: Site, server: Secured, role: str) -> None:
+    with coming_as(site, server.settings("SASL_SSL", role)) as user:
+        for words in RUN[role]:
+            user.here(*words, node=role).ok()
+
+
+def without(grants: Sequence[Grant], name: str, operation: str) -> list[Grant]:
+    """The same less one operation on one thing, which may still be looked at."""
+    left = {each: set(each.operations) - {operation} for each in grants if each.name == name}
+    seen = set() if operation == "DESCRIBE" else {"DESCRIBE"}
+    return [each._replace(operations=tuple(left[each] | seen)) if each in left else each for each in grants]
+
+
+def test_each_role_with_its_grants(each_secured: Secured, tmp_path: Path) -> None:
+    """An operator makes the topics; a source, a primary and a replica work with just what they are granted."""
+    site = site_on(each_secured, tmp_path)
+    for role in ROLES:
+        grant(each_secured, f"User:{role}", grants_of(role, site.place.prefix))
+    for role in RUN:
+        run_as(site, each_secured, role)
+
+    same_state(site, ["primary", "replica"])
+
+
+@pytest.mark.parametrize(
+    ("role", "kind", "name", "operation"),
+    [
+        ("operator", "topic", "generations", "CREATE"),
+        ("operator", "topic", "blocks", "CREATE"),
+        ("operator", "topic", "blocks", "DESCRIBE"),
+        ("operator", "topic", "diffs", "DESCRIBE_CONFIGS"),
+        ("source", "topic", "generations", "READ"),
+        ("source", "topic", "generations", "WRITE"),
+        ("source", "topic", "blocks", "WRITE"),
+        ("source", "topic", "diffs", "DESCRIBE"),
+        ("primary", "topic", "generations", "READ"),
+        ("primary", "topic", "blocks", "READ"),
+        ("primary", "topic", "diffs", "READ"),
+        ("primary", "topic", "diffs", "WRITE"),
+        ("primary", "topic", "diffs", "DESCRIBE_CONFIGS"),
+        ("primary", "group", "stateferry-", "READ"),
+        ("replica", "topic", "generations", "READ"),
+        ("replica", "topic", "blocks", "DESCRIBE"),
+        ("replica", "topic", "diffs", "READ"),
+        ("replica", "group", "stateferry-", "READ"),
+    ],
+)
+def test_one_less(role: str, kind: str, name: str, operation: str, secured: Secured, tmp_path: Path) -> None:
+    """Without one of them the error says which permission on what is missing."""
+    site = site_on(secured, tmp_path)
+    prefix = site.place.prefix
+    grant(secured, f"User:{role}", without(grants_of(role, prefix), prefix + name, operation))
+    if role != "operator":
+        site.here("topics", "create").ok()
+    if role in {"primary", "replica"}:
+        site.ingest(*BLOCKS)
+    if role == "replica":
+        site.follow("primary", "p")
+    with coming_as(site, secured.settings("SASL_SSL", role)) as user:
+        done = [user.here(*words, node="n") for words in RUN[role]]
+    said = next(each for each in done if each.code).failed(NotAuthorized)
+
+    assert f"user {role} lacks {operation} on {kind} {prefix}{name}" in said
+    assert "stateferry topics acls" in said
