@@ -73,14 +73,18 @@ class Lead:
         self._finished = asyncio.Event()  # what was begun before is finished
         self._sealing = Sealing()
 
-    async def start(self) -> int:
-        """Give up any lead and find where events are read from: the offset. After every assignment; the caller has
-        dropped what was proposed."""
+    def give_up(self) -> None:
+        """Drop any lead, and what was proposed in it: at once, so that nothing is computed or produced on top of it."""
         self.primary = None
         self.state = State.FOLLOWING
         self._leading.clear()
         self._finished.set()
         self._stuck, self.refused = None, None
+        self._replica.drop_proposed()
+
+    async def start(self) -> int:
+        """Find where events are read from: the offset. After every assignment, behind `give_up`."""
+        assert self.primary is None, self.state
         self.next_blocks, self._reader = await log_check.find_events(self._broker, self._generation, self._replica)
         return self.next_blocks
 

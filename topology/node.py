@@ -215,7 +215,8 @@ class Node:
 
     async def _check_diffs(self) -> None:
         """Take back what the diffs topic lost. Raises LogLost, OffsetOutOfRange."""
-        self.replica.drop_proposed()
+        if self.lead is not None:
+            self.lead.give_up()
         await log_check.follow_back(self.broker, self.generation.diffs_topic, self.replica, self._base_meta())
         self._committed = self.replica.meta
 

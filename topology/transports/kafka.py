@@ -1,8 +1,9 @@
-"""Kafka as a Faust transport: Faust's aiokafka driver, with the three things that it gets wrong for us put right.
+"""Kafka as a Faust transport: Faust's aiokafka driver, with the things that it gets wrong for us put right.
 
 * Every assignment starts at the offsets of the stores (``StoredOffsets``), and an offset that the log does not hold is
   an error: nothing is ever reset.
 * The producer is idempotent, waits for all replicas in sync, and appends nothing behind an append that failed.
+* Of two members with one instance id the later one stays. The other one ends: it would join again and again.
 * A fetch that waits for a quiet partition holds up all others of the same broker, so it waits briefly.
 
 Faust finds it by the entry point ``faust.transports``, under the scheme ``factory.KAFKA_SCHEME``.
@@ -18,11 +19,12 @@ from typing import Any, ClassVar, Final
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError, TopicAuthorizationFailedError
 from aiokafka.partitioner import DefaultPartitioner
+from aiokafka.protocol.admin import DescribeGroupsRequest
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from faust.types.tuples import ConsumerMessage, RecordMetadata
 
-from pipeline.errors import OffsetOutOfRange, StateferryError, Unsupported
+from pipeline.errors import Fenced, OffsetOutOfRange, StateferryError, Unsupported
 from topology.transports import kafka_access
 from topology.transports.base import StoredOffsets
 from topology.transports.kafka_address import PORT_DEFAULT, Address, shown
@@ -43,6 +45,48 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         consumer._fetch_max_wait_ms = FETCH_WAIT_MS  # Faust has no setting for it; it is read when the consumer starts
         consumer._auto_offset_reset = "none"
         return consumer
+
+    _member_id = ""  # in the group, as it was when partitions came last
+
+    async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
+        """The group gave this member its partitions."""
+        self._member_id = self._ensure_consumer()._coordinator.member_id
+        await super().on_partitions_assigned(assigned, generation_id)
+
+    async def on_partitions_revoked(self, revoked: set[TP]) -> None:
+        """The group takes them away, for this member to join again.
+
+        A member that the group forgot joins again too, under the name of its instance. If that is another process's
+        by now, each would throw the other out for ever: this one ends instead, and does not join any more.
+        """
+        coordinator = self._ensure_consumer()._coordinator
+        successor = await self._successor(coordinator)
+        if not successor:
+            await super().on_partitions_revoked(revoked)
+            return
+        instance = coordinator._group_instance_id
+        error = Fenced(
+            f"another process joined group {coordinator.group_id} as instance {instance}",
+            where=shown(self.transport.brokers),
+            way_out="run one worker per data directory; a copied one needs a NODE file of its own",
+        )
+        asyncio.run_coroutine_threadsafe(self.consumer.crash(error), self.parent_loop)
+        await asyncio.wait([coordinator._closing])
+        coordinator.coordinator_dead()  # there is nobody to join any more
+
+    async def _successor(self, coordinator: Any) -> str:
+        """The member that took this one's place; empty if there is none."""
+        instance = coordinator._group_instance_id
+        if not instance or not self._member_id or coordinator.member_id:
+            return ""
+        try:
+            answer = await coordinator._send_req(DescribeGroupsRequest([coordinator.group_id]))
+        except KafkaError:
+            return ""  # the group is looked for again before it is joined
+        members = [member[0] for group in answer.groups for member in group[5]]
+        # A broker names a static member by its instance, and something random behind it.
+        found = [name for name in members if name.startswith(f"{instance}-") and name != self._member_id]
+        return str(found[0]) if found else ""
 
     async def _fetch_records(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -68,7 +112,7 @@ class Consumer(StoredOffsets, driver.Consumer):  # type: ignore[misc]
         await super().on_start()
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, ConsumerMessage]]:  # noqa: ASYNC109
-        """Yield fetched messages. Raises ``OffsetOutOfRange`` where the log lost them."""
+        """Yield fetched messages. Raises ``OffsetOutOfRange`` where the log lost them, ``NotAuthorized``."""
         try:
             async for item in super().getmany(timeout):
                 yield item
