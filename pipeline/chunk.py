@@ -163,10 +163,6 @@ class Assembler:
             == (first.digest, first.count, first.total_bytes, first.epoch, first.writer, first.number)
         )
 
-    @property
-    def is_empty(self) -> bool:
-        return self._first is None
-
     def discard(self) -> None:
         """Forget what is incomplete: also called when a valid EPOCH comes."""
         self._first, self._parts, self.held_bytes = None, [], 0

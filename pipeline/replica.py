@@ -118,8 +118,8 @@ class Replica:
 
     @property
     def group_bytes(self) -> int:
-        """What waits for `commit`, layers included."""
-        return self.layers.dirty_bytes
+        """What waits for `commit`, of what the layers hold."""
+        return self.layers.lowest_bytes(len(self._group))
 
     @property
     def group_length(self) -> int:
@@ -128,11 +128,6 @@ class Replica:
     @property
     def held_chunk_bytes(self) -> int:
         return self._assembler.held_bytes
-
-    @property
-    def is_between_messages(self) -> bool:
-        """False inside a chunked message: no offset there may be stored."""
-        return self._assembler.is_empty
 
     def judge(self, record: bytes) -> Judgement:
         """What a record is, without computing it. Raises as the module says."""

@@ -283,11 +283,10 @@ def test_chunked_frame_applies_at_its_last_chunk() -> None:
     node.follow_and_commit()
 
     assert node.replica.step(CHUNK[0], 4) == Partial()
-    assert not node.replica.is_between_messages
     assert node.replica.held_chunk_bytes > 0
     assert isinstance(node.replica.step(OTHERS_CHUNK[0], 5), Void)
     assert isinstance(node.replica.step(CHUNK[1], 6), Applied)
-    assert node.replica.is_between_messages
+    assert node.replica.held_chunk_bytes == 0
     assert node.meta.diffs.next_offset == 7
 
 
@@ -299,7 +298,7 @@ def test_message_in_force_discards_incomplete_chunks(between: bytes) -> None:
     node.replica.step(CHUNK[0], 4)
     node.replica.step(between, 5)
 
-    assert node.replica.is_between_messages
+    assert node.replica.held_chunk_bytes == 0
     assert isinstance(node.replica.step(CHUNK[1], 6), (Partial, Void))
     assert node.meta.seq == 2
 
@@ -308,11 +307,11 @@ def test_writer_forgets_incomplete_chunks_as_every_reader_does() -> None:
     """A frame that the writer knows without decoding it discards what is incomplete, too."""
     writer = started()
     writer.take(CHUNK[0], 4)
-    assert not writer.replica.is_between_messages
+    assert writer.replica.held_chunk_bytes > 0
     writer.propose(THIRD, 3)
     writer.follow()
 
-    assert writer.replica.is_between_messages
+    assert writer.replica.held_chunk_bytes == 0
 
 
 def test_epoch_hands_over() -> None:
@@ -377,7 +376,7 @@ def test_dropping_proposals_keeps_what_the_log_has() -> None:
     writer.replica.commit()
 
     assert content(writer.store) == {TWO: b"2", coin(3): b"3"}
-    assert writer.replica.group_bytes == 0
+    assert writer.replica.layers.dirty_bytes == 0
 
 
 def test_failed_event_leaves_no_trace() -> None:
@@ -397,7 +396,7 @@ def test_failed_event_leaves_no_trace() -> None:
     with pytest.raises(StateferryError, match="already"):
         writer.propose(Connect(stamp=STAMP, walk=3, block=block(ref(2), ref(1).block_hash, (Op.CREATE, ONE, b""))), 3)
     assert writer.primary.ahead == ahead
-    assert writer.replica.group_bytes == 0
+    assert writer.replica.layers.dirty_bytes == 0
     assert len(writer.propose(THIRD, 3)) == 1
 
 

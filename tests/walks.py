@@ -286,5 +286,5 @@ def drive(steps: list[Step], *, seed: int, store: Store | None = None, litter: b
                 writer.replica.commit()
     writer.follow_and_commit()
     assert writer.primary is not None
-    assert writer.primary.in_flight == writer.primary.proposed_bytes == writer.replica.group_bytes == 0
+    assert writer.primary.in_flight == writer.primary.proposed_bytes == writer.replica.layers.dirty_bytes == 0
     return driven

@@ -281,16 +281,13 @@ class Node:
     def _commit_soon(self) -> None:
         """Commit once nothing more is waiting, or at once when the group is full."""
         replica = self.replica
-        if replica.group_length >= GROUP_FRAMES_MAX or self._group_bytes() >= self.settings.group_bytes_max:
+        if replica.group_length >= GROUP_FRAMES_MAX or replica.group_bytes >= self.settings.group_bytes_max:
             self._commit()
         elif not self._commit_is_due:
             # Far behind, frames are worth waiting for; at the tip nothing waits.
             self._commit_is_due = True
             is_behind = self.next_diffs < self.ends.diffs or self.in_flight > 1
             asyncio.get_running_loop().call_later(GROUP_WAIT_S if is_behind else 0, self._commit_or_fail)
-
-    def _group_bytes(self) -> int:
-        return self.replica.layers.lowest_bytes(self.replica.group_length)
 
     def _commit_or_fail(self) -> None:
         self._commit_is_due = False
@@ -400,7 +397,7 @@ class Node:
         lead, settings, memory = self.lead, self.settings, self.store.memory()
         dirty_bytes = self.replica.layers.dirty_bytes
         held = {
-            "group": Held(self._group_bytes(), settings.group_bytes_max),
+            "group": Held(self.replica.group_bytes, settings.group_bytes_max),
             "frame_chunks": Held(self.replica.held_chunk_bytes, chunk.MESSAGE_BYTES_MAX),
             "memtables": Held(memory.memtables_bytes, MEMTABLES_BYTES_MAX),
             "block_cache": Held(memory.block_cache_bytes, BLOCK_CACHE_BYTES),
