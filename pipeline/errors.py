@@ -34,6 +34,7 @@
     │   ├── StoreCorrupt                   a store's own records
     │   └── LogCorrupt                     the embedded log's file
     ├── WrongChain                      6  bytes of another chain or generation
+    │   └── GenerationEnded                this node's generation is not the one in force
     ├── Fenced                          7  another writer is in force
     ├── Unsupported                     8  a version or a required feature this build does not know
     ├── Locked                          9  somebody else owns the directory or the log
@@ -209,6 +210,10 @@ class LogCorrupt(CorruptInput):
 
 class WrongChain(StateferryError):
     exit_code = 6
+
+
+class GenerationEnded(WrongChain):
+    pass
 
 
 class Fenced(StateferryError):

@@ -127,20 +127,22 @@ def decode_generation(data: bytes) -> Generation:
     return _generation(_unpack(payload))
 
 
-def current(records: Iterable[bytes]) -> Generation | None:
-    """The generation in force, from all records of the topic in order: each valid one follows the one before."""
-    in_force: Generation | None = None
+def history(records: Iterable[bytes]) -> list[Generation]:
+    """All generations, from all records of the topic in order; the last one is in force. Each valid one follows the one
+    before."""
+    found: list[Generation] = []
     for record in records:
         try:
             candidate = decode_generation(record)
         except FrameCorrupt:
             continue  # void: any writer may have been cut off
+        in_force = found[-1] if found else None
         previous = NO_WRITER if in_force is None else in_force.generation
         number = 1 if in_force is None else in_force.number + 1
         chain = candidate.chain_id if in_force is None else in_force.chain_id
         if (candidate.previous, candidate.number, candidate.chain_id) == (previous, number, chain):
-            in_force = candidate
-    return in_force
+            found.append(candidate)
+    return found
 
 
 def encode_opening(opening: Opening) -> bytes:

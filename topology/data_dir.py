@@ -8,6 +8,8 @@ copies/       checkpoints that a running worker made for commands; each is remov
 NODE          the node's id
 refused/      events that a primary did not take, one folder each, with the reason
 quarantine/   evidence of a divergence, one folder each; while one is open the store is not followed or served
+renewing/     what will be the store, of the generation that followed (see `renewal`)
+left-generations/    stores of generations that have ended
 log.sqlite    the embedded log, where no other broker is named
 objects/      the object store, where no other is named
 """
@@ -176,7 +178,14 @@ def _write_evidence(folder: Path, error: StateferryError, record: bytes, **facts
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    for directory in (folder, folder.parent):
-        fd = os.open(directory, os.O_RDONLY)
+    sync_folder(folder)
+    sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was renamed or made in a folder last."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
         os.fsync(fd)
+    finally:
         os.close(fd)

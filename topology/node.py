@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from pipeline import chunk, failpoints
 from pipeline.archive import plan_segments
-from pipeline.errors import Diverged, FrameCorrupt, Gap, NotProven, StateferryError, WrongChain, disk_full
+from pipeline.errors import Diverged, FrameCorrupt, Gap, GenerationEnded, NotProven, StateferryError, disk_full
 from pipeline.frame import digest_of
 from pipeline.generation import Generation, Opening
 from pipeline.position import Meta, decode_meta, encode_meta
@@ -154,7 +154,7 @@ class Node:
     def _check_generation(self, meta: Meta) -> None:
         topics.check_chain(meta.chain_id, self.generation.chain_id, str(self.data_dir.path))
         if meta.generation != self.generation.generation:
-            raise WrongChain(
+            raise GenerationEnded(
                 f"this data directory holds generation {meta.generation.hex()}, the broker has "
                 f"{self.generation.generation.hex()}",
                 where=str(self.data_dir.path),
@@ -266,7 +266,7 @@ class Node:
             case Ended(successor=successor):
                 ended, follows = self.generation.generation.hex(), successor.generation.hex()
                 log.warning("generation_ended", generation=ended, successor=follows)
-                raise WrongChain(
+                raise GenerationEnded(
                     f"generation {ended} ended here; {follows} follows",
                     way_out="restore the new generation into an empty data directory: `stateferry restore`",
                 )

@@ -35,10 +35,16 @@ async def records(broker: Broker, topic: str, start: int | None = None, *, parti
 
 async def current_generation(broker: Broker) -> Generation | None:
     """The generation in force on this broker, or None if there was never one."""
+    found = await history(broker)
+    return found[-1] if found else None
+
+
+async def history(broker: Broker) -> list[Generation]:
+    """All generations of this broker, in their order."""
     try:
-        return generations.current([record.value async for record in records(broker, GENERATIONS_TOPIC)])
+        return generations.history([record.value async for record in records(broker, GENERATIONS_TOPIC)])
     except NotFound:
-        return None
+        return []
 
 
 async def open_generation(broker: Broker, wanted: Generation) -> Generation:

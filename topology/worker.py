@@ -16,11 +16,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipeline.errors import Diverged, SettingsConflict, UsageError
+from pipeline.errors import Diverged, GenerationEnded, NotFound, SettingsConflict, UsageError
 from pipeline.generation import FINALITY_DEFAULT, Opening
 from pipeline.objects import open_objects
 from pipeline.state import schema_named
-from topology import answers, base_state, logs, reads, topic_check, topics
+from topology import answers, base_state, logs, reads, renewal, topic_check, topics
 from topology.app import Application
 from topology.archiver import Archiver
 from topology.control import ControlServer
@@ -58,23 +58,38 @@ async def run(
     data_dir = DataDir(settings.data_dir)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+    asked = asyncio.Event()  # to stop, by a signal
+
+    def stop() -> None:
+        asked.set()
+        stopping.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+        loop.add_signal_handler(number, stop)
     with data_dir:
         data_dir.check_quarantine()
         shutil.rmtree(data_dir.copies_path, ignore_errors=True)
+        renewal.settle(data_dir)
         broker = open_broker(settings.broker_url, settings.topic_prefix, security_of(settings))
         try:
-            opened = await _find_opening(settings, role, until, broker, stopping)
-            if opened is None:
-                return None
-            return await _run_node(settings, role, until, broker, data_dir, opened, stopping, on_node)
+            while True:
+                opened = await _find_opening(settings, role, until, broker, data_dir, stopping)
+                if opened is None:
+                    return None
+                try:
+                    return await _run_node(settings, role, until, broker, data_dir, opened, stopping, on_node)
+                except GenerationEnded as error:
+                    if role is not Role.REPLICA or asked.is_set():
+                        raise
+                    stopping.clear()
+                    objects, history = open_objects(settings.objects_url), await topics.history(broker)
+                    await asyncio.to_thread(renewal.renew, objects, data_dir, history, error)
         finally:
             await broker.close()
 
 
 async def _find_opening(
-    settings: Settings, role: Role, until: Until, broker: Broker, stopping: asyncio.Event
+    settings: Settings, role: Role, until: Until, broker: Broker, data_dir: DataDir, stopping: asyncio.Event
 ) -> tuple[Opening, bytes] | None:
     """Wait for the generation and the opening of its diffs topic; None if told to stop before, or if idle."""
     generation = await _wait(lambda: topics.current_generation(broker), until, stopping)
@@ -83,11 +98,19 @@ async def _find_opening(
     topics.check_chain(settings.chain, generation.chain_id, settings.broker_url)
     await topics.ensure_topics(broker, generation)
     await topic_check.check(broker, generation, settings.topic_prefix)
-    if role is Role.PRIMARY:
-        asked = FINALITY_DEFAULT if settings.finality is None else settings.finality
-        found: tuple[Opening, bytes] | None = await topics.ensure_opening(broker, generation, asked)
-    else:
-        found = await _wait(lambda: topics.opening(broker, generation), until, stopping)
+    found: tuple[Opening, bytes] | None
+    try:
+        if role is Role.PRIMARY:
+            asked = FINALITY_DEFAULT if settings.finality is None else settings.finality
+            found = await topics.ensure_opening(broker, generation, asked)
+        else:
+            found = await _wait(lambda: topics.opening(broker, generation), until, stopping)
+    except NotFound:
+        meta = renewal.held_meta(data_dir.store_path)
+        if meta is None:
+            raise
+        # Records were deleted: what the opening said is in the store, and in `generations`.
+        found = Opening(generation=generation, finality=meta.finality), b""
     if found is not None and settings.finality not in (None, found[0].finality):
         raise SettingsConflict(
             f"finality {settings.finality} was asked for, the generation has {found[0].finality}",

@@ -30,7 +30,7 @@ import click
 from pipeline import chunk, frame
 from pipeline.errors import NotFound, StateferryError
 from pipeline.frame import Kind
-from pipeline.generation import decode_generation
+from pipeline.generation import Generation, decode_generation, history
 from pipeline.position import Meta, decode_meta
 from pipeline.stores.base import META_KEY
 from pipeline.stores.rocksdb import RocksStore
@@ -221,12 +221,19 @@ class Site:
         copied = Site(folder)
         if self.place.is_kafka:
             with self.opened_log() as source, copied.opened_log() as target:
-                for topic in ("generations", "blocks", "diffs"):
+                names = [(one.blocks_topic, one.diffs_topic) for one in self._generations(source)]
+                for topic in ("generations", *(name for pair in names for name in pair)):
                     with contextlib.suppress(NotFound):
                         records = source.read(topic)
                         target.ensure_topics([TopicSpec(name=topic, partitions=1)])
                         target.append(topic, 0, [(record.key, record.value) for record in records])
         return copied
+
+    @staticmethod
+    def _generations(log: Log) -> list[Generation]:
+        with contextlib.suppress(NotFound):
+            return history(record.value for record in log.read("generations"))
+        return []
 
     def ingest(self, *files: Path | str) -> Any:
         return self.here("ingest", "bitcoin", *files).ok()

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import NotFound, RewindTooDeep, WrongChain
+from pipeline.errors import GenerationEnded, NotFound, RewindTooDeep
+from pipeline.position import decode_meta
+from pipeline.stores.base import META_KEY
+from pipeline.stores.rocksdb import RocksStore
 from tests.chains import block_files, expected, load_blocks, write_hex_lines
 from tests.topology.commands import Site, same_state
 
@@ -59,16 +62,13 @@ def test_new_generation(site: Site) -> None:
 
     assert site.here("restore", "--height", FORK, node="fork").ok()["height"] == FORK
     assert site.here("snapshot", node="fork").ok()["height"] == FORK
-    with site.running("replica", "r") as worker:
-        site.wait_for("r", worker, height=A_END)
-        begun = site.here("generation", "new", "--height", FORK).ok()
-        _, stderr = worker.communicate()
-        assert worker.returncode == WrongChain.exit_code and begun["generation"] in stderr
+    begun = site.here("generation", "new", "--height", FORK).ok()
     assert (begun["number"], begun["previous"], begun["ended"]) == (2, ended["generation"], ended["generation"])
     assert begun["base"].startswith(f"{FORK}:")
 
     said = site.ingest(write_hex_lines(site.folder / "b.hex", load_blocks(NAME, "B")))
     assert (said["connected"], said["rewinds"], said["height"]) == (11, 0, B_END)
+    assert site.diffs == begun["diffs_topic"]
     for role, node in (("primary", "p2"), ("replica", "r2")):
         found = site.follow(role, node)
         assert (found["height"], found["generation"], found["finality"]) == (B_END, begun["generation"], FINALITY)
@@ -76,8 +76,8 @@ def test_new_generation(site: Site) -> None:
     same_state(site, ["p2", "r2"])
     assert site.muhash("r2")["muhash"] == at_b["muhash"]
 
-    for role, node in (("primary", "p"), ("replica", "r"), ("primary", "r"), ("replica", "fork")):
-        said = site.here("run", "--role", role, "--until-idle", node=node).failed(WrongChain)
+    for node in ("p", "r"):
+        said = site.here("run", "--role", "primary", "--until-idle", node=node).failed(GenerationEnded)
         assert begun["generation"] in said and "stateferry restore" in said
         assert site.here("status", node=node).ok()["generation"] == ended["generation"]
     assert site.muhash("p")["muhash"] == at_a["muhash"]
@@ -87,6 +87,85 @@ def test_new_generation(site: Site) -> None:
     assert (restored["height"], restored["generation"]) == (B_END - FINALITY, begun["generation"])
     site.follow("replica", "r3")
     same_state(site, ["p2", "r3"])
+
+
+@pytest.fixture(scope="module")
+def begun(stopped: Site, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """The new generation at the end of B, in the hands of a primary of its own; r holds A, of the old one."""
+    site = stopped.copy(tmp_path_factory.mktemp("begun") / "site")
+    site.follow("primary", "p", "--until-height", A_END)
+    site.here("snapshot").ok()
+    site.here("restore", "--height", FORK, node="fork").ok()
+    site.here("snapshot", node="fork").ok()
+    site.here("generation", "new", "--height", FORK).ok()
+    site.ingest(write_hex_lines(site.folder / "b.hex", load_blocks(NAME, "B")))
+    site.follow("primary", "p2")
+    return site
+
+
+def is_renewed(site: Site, node: str) -> None:
+    """A replica stands where the new generation's primary does, and its old store is kept."""
+    same_state(site, ["p2", node])
+    assert site.meta(node).generation == site.meta("p2").generation
+    site.here("verify", node=node).ok()
+    (kept,) = (site.dir(node) / "left-generations").iterdir()
+    store = RocksStore(kept)
+    data = store.get_meta(META_KEY)
+    store.close()
+    assert data is not None and decode_meta(data).tip.height in (A_END, FORK)
+    assert not (site.dir(node) / "renewing").exists()
+
+
+def test_a_replica_of_an_old_generation_renews_itself(begun: Site, tmp_path: Path) -> None:
+    """At its start: from the object store's newest manifest of the new generation, beside the store that it has."""
+    site = begun.copy(tmp_path / "site")
+    objects, site.objects = site.objects, tmp_path / "none"
+    assert "--objects" in site.here("run", "--role", "replica", "--until-idle", node="r").failed(GenerationEnded)
+    assert site.meta("r").tip.height == A_END
+    site.objects = objects
+    for node in ("r", "fork"):
+        site.follow("replica", node)
+
+        is_renewed(site, node)
+
+
+def test_a_running_replica_renews_itself(site: Site) -> None:
+    """It follows the old generation to its end, and goes on with the new one, in the same process."""
+    site.follow("primary", "p", "--until-height", A_END)
+    site.here("snapshot").ok()
+    with site.running("replica", "r") as worker:
+        site.wait_for("r", worker, height=A_END)
+        begun = site.here("generation", "new").ok()
+        site.wait_for("r", worker, generation=begun["generation"])
+        site.ingest(write_hex_lines(site.folder / "a.hex", load_blocks(NAME, "A")))
+        site.follow("primary", "p2")
+        site.wait_for("r", worker, height=A_END)
+
+    is_renewed(site, "r")
+
+
+class Cut(BaseException):
+    """A crash."""
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_renewal_that_is_cut_off(at: int, begun: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each of its renames, before or behind: the next start goes on, and ends the same."""
+    site, renames, rename = begun.copy(tmp_path / "site"), 0, Path.rename
+
+    def cut(path: Path, target: Path) -> Path:
+        nonlocal renames
+        renames += path.name == "store"
+        if renames == at and path.name == "store":
+            raise Cut
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(Path, "rename", cut)
+        site.follow("replica", "r")
+    site.follow("replica", "r")
+
+    is_renewed(site, "r")
 
 
 def test_finality_is_the_generation_s(site: Site) -> None:
