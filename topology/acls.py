@@ -62,7 +62,7 @@ class Grant(NamedTuple):
         """The line that adds it, for `kafka-acls.sh`."""
         words = ["kafka-acls.sh", "--bootstrap-server", bootstrap, "--add", "--allow-principal", principal]
         for operation in self.operations:
-            words += ["--operation", operation]
+            words += ["--operation", operation.title().replace("_", "")]  # the tool writes DescribeConfigs
         words += [f"--{self.kind}", self.name, "--resource-pattern-type", "prefixed" if self.is_prefix else "literal"]
         return shlex.join(words)
 

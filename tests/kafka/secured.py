@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import signal
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.protocol.admin import CreateAclsRequest
 
 from tests.kafka.certificates import Authority
-from tests.kafka.server import VERSION_DEFAULT, Server, free_port
+from tests.kafka.server import START_TIMEOUT_S, VERSION_DEFAULT, Server, free_port, jars
 from topology.acls import Grant
 
 LISTENERS: Final = {
@@ -200,3 +201,13 @@ def grant(server: Secured, principal: str, grants: Sequence[Grant]) -> None:
             await admin.close()
 
     asyncio.run(main())
+
+
+def kafka_acls(*arguments: str) -> None:
+    """Kafka's `kafka-acls.sh`; only the older version's jars have it among them."""
+    subprocess.run(
+        ["java", "-Xmx128m", "-cp", f"{jars('3.9.1')}/*", "kafka.admin.AclCommand", *arguments],
+        check=True,
+        capture_output=True,
+        timeout=START_TIMEOUT_S,
+    )

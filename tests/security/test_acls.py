@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from pipeline.errors import NotAuthorized
+from pipeline.errors import NotAuthorized, NotFound
 from tests.chains import block_files
-from tests.kafka.secured import Secured, grant
+from tests.kafka.secured import Secured, grant, kafka_acls
 from tests.security.users import coming_as, site_on
-from tests.topology.commands import Site, same_state
+from tests.topology.commands import Site, same_state, start
 from topology.acls import ROLES, Grant, grants_of
 
 BLOCKS = block_files("reorg_btcd", "main")
@@ -87,3 +88,16 @@ def test_one_less(role: str, kind: str, name: str, operation: str, secured: Secu
 
     assert f"user {role} lacks {operation} on {kind} {prefix}{name}" in said
     assert "stateferry topics acls" in said
+
+
+def test_lines_for_the_tool(secured: Secured, tmp_path: Path) -> None:
+    """What the command prints is what Kafka's own tool takes; and then the permission is there."""
+    site = site_on(secured, tmp_path)
+    site.here("topics", "create").ok()
+    asked = start("topics", "acls", "--role", "replica", "--principal", "User:replica", *site.place.options)
+    lines = [shlex.split(line) for line in asked.communicate()[0].splitlines()]
+    assert [line[0] for line in lines] == ["kafka-acls.sh"] * 6
+    with coming_as(site, secured.settings("SASL_SSL", "replica")) as user:
+        user.here("generation", "show").failed(NotAuthorized)
+        kafka_acls(*lines[0][1:])
+        user.here("generation", "show").failed(NotFound)
