@@ -1,0 +1,53 @@
+"""Thousands of small events are waiting, and every buffer between them and the store is full."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from tests.topology.commands import Site, finish, same_state
+
+pytestmark = pytest.mark.usefixtures("each_broker")
+
+EVENTS = 2_000
+SMALL = {"STATEFERRY_AHEAD_BYTES_MAX": str(1 << 16), "STATEFERRY_GROUP_BYTES_MAX": str(1 << 16)}
+"""Some thirty of these blocks are computed ahead; the events behind them fill the stream's buffer and the fetches."""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    found = Site(tmp_path / "site")
+    found.here("ingest", "synthetic", "--blocks", EVENTS, "--changes", 2, "--seed", 4).ok()
+    return found
+
+
+def test_frames_are_read_back(site: Site) -> None:
+    """Events that wait never keep frames from being read back: primary and replica come to the end."""
+    with mock.patch.dict(os.environ, SMALL):
+        primary, replica = site.follow_both()
+
+    assert primary["height"] == replica["height"] == EVENTS - 1
+    same_state(site, ["p", "r"])
+    assert len(site.frame_ids()) == EVENTS
+
+
+def test_sigterm_ends_a_busy_worker(site: Site) -> None:
+    """A primary and a replica in the middle of it end in order when told to, and go on from there."""
+    busy = [
+        site.start("run", "--role", role, node=node, env=SMALL | {"STATEFERRY_FAILPOINT": f"{point}:300:stop"})
+        for role, node, point in (("primary", "p", "propose.computed"), ("replica", "r", "follow.read"))
+    ]
+    for worker in busy:
+        os.waitid(os.P_PID, worker.pid, os.WSTOPPED | os.WNOWAIT)
+        worker.send_signal(signal.SIGTERM)
+        worker.send_signal(signal.SIGCONT)
+    for worker in busy:
+        assert 0 < finish(worker).ok()["height"] < EVENTS - 1
+    site.follow_both()
+
+    same_state(site, ["p", "r"])
+    assert len(set(site.frame_ids())) == EVENTS
