@@ -3,7 +3,7 @@
 VENV ?= .venv
 PYTHON ?=
 JOBS ?= auto
-POINTS ?= 240
+POINTS ?= 510
 SEED ?= 1
 BROKER ?=
 KAFKA ?= 4.3.1
@@ -37,7 +37,7 @@ lint: $(DEV) ## ruff, mypy and the order of imports
 bench: $(DEV) ## measure this machine: the figures of the README (minutes; QUICK=--quick for seconds)
 	@for name in wire apply reads pipeline restore; do $(BIN)/stateferry bench $$name $(QUICK) || exit; done
 
-torture: $(DEV) ## kill real processes at POINTS=240 seeded fail points, SEED=1
+torture: $(DEV) ## disturb real processes and brokers at POINTS=510 seeded fail points, SEED=1
 	$(BIN)/pytest tests/torture -m torture -n $(JOBS) --maxprocesses 8 --points $(POINTS) --seed $(SEED)
 
 golden: $(DEV) ## read the golden files of every format version (VERSION=v2 writes those of a new one first)
