@@ -14,7 +14,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -46,6 +45,7 @@ from topology.transports.factory import open_broker
 from topology.transports.sqlite_file import OFFSET_BITS
 
 from .points import Kill
+from .processes import Command
 
 ROOT = Path(__file__).parents[2]
 GENERATION = Generation(generation=b"torture's blocks", chain_id="torture")
@@ -108,6 +108,7 @@ class Site:
     kills: dict[int, list[Kill]] = field(default_factory=dict)
     torn: int = 0
     step_number: int = 0
+    outputs: int = 0
 
     @property
     def log(self) -> Path:
@@ -123,19 +124,14 @@ class Site:
 
     # Commands
 
-    def start(self, *words: str, node: str, kill: Kill | None = None) -> subprocess.Popen[str]:
+    def start(self, *words: str, node: str, kill: Kill | None = None) -> Command:
         """A command on a node's directory, as a user starts it."""
         environment = self.environment(node)
         if kill is not None:
             environment["STATEFERRY_FAILPOINT"] = f"{kill.failpoint}:{kill.hit}"
-        return subprocess.Popen(
-            [sys.executable, "-m", "topology", *words],
-            cwd=self.path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self.outputs += 1
+        output = self.path / f"{node}.{self.outputs}.out"
+        return Command(*words, environment=environment, folder=self.path, output=output)
 
     def environment(self, node: str) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("STATEFERRY_")}
@@ -148,21 +144,20 @@ class Site:
             "STATEFERRY_DATA_DIR": str(self.path / node),
         }
 
-    def finish(self, process: subprocess.Popen[str], kill: Kill | None) -> None:
+    def finish(self, command: Command, kill: Kill | None) -> None:
         """Wait for a command: it must have passed its fail point, or have ended well."""
         try:
-            out, err = process.communicate(timeout=TIMEOUT_S)
+            code = command.wait(TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            process.kill()
-            out, err = process.communicate()
-            raise AssertionError(f"{process.args} with {kill} did not end: {out}{err}") from None
-        told = f"{process.args} with {kill} ended with {process.returncode}: {out}{err}"
+            command.send(signal.SIGKILL)
+            raise AssertionError(f"{command.words} with {kill} did not end: {command.told()}") from None
+        told = f"{command.words} with {kill} ended with {code}: {command.told()}"
         if kill is None:
-            assert process.returncode == 0, told
+            assert code == 0, told
         elif kill.helper:
-            assert process.returncode == 1 and "ended early, with code -9" in err, told
+            assert code == 1 and "ended early, with code -9" in command.told(), told
         else:
-            assert process.returncode == -signal.SIGKILL, told
+            assert code == -signal.SIGKILL, told
 
     def step(self, *words: str, node: str, until: tuple[str, ...] = ()) -> None:
         """One command to its end: killed where this step has kills, and each time started again.
