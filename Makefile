@@ -14,10 +14,14 @@ DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo kafka test lint format bench torture golden clean
+.PHONY: help demo kafka up down logs test containers lint format bench torture golden clean
+
+# Docker's compose, or the older program of that name; both read COMPOSE_FILE, and docker/.env beside the first file.
+COMPOSE = $(shell docker compose version > /dev/null 2>&1 && echo docker compose || echo docker-compose)
+export COMPOSE_FILE ?= docker/compose.yaml
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(RUN) ## a primary and two replicas ferry real blocks, and prove it: a minute (BROKER=kafka://... for Kafka)
 	$(BIN)/stateferry demo $(if $(BROKER),--broker $(BROKER))
@@ -25,8 +29,27 @@ demo: $(RUN) ## a primary and two replicas ferry real blocks, and prove it: a mi
 kafka: $(RUN) ## a Kafka broker on loopback to play with, until Ctrl-C (KAFKA=3.9.1; needs java and mvn)
 	$(BIN)/python -m tests.kafka.server --version $(KAFKA)
 
+up: ## the same without end, in containers: Kafka, a source, a primary, two replicas (needs docker and compose)
+	$(COMPOSE) build
+	$(COMPOSE) up -d --no-build
+	@echo; echo 'It runs. To see it work, or to break it:'; echo
+	@for words in 'exec replica-1 stateferry status' 'exec replica-2 stateferry root' 'exec primary stateferry snapshot' \
+			'kill primary' 'ps'; do \
+		echo "  $(COMPOSE) -f docker/compose.yaml $$words"; \
+	done
+	@echo; echo '  make up      starts again what was killed'; echo '  make logs'; echo '  make down'; echo
+
+down: ## end the containers; their data stays (VOLUMES=1 removes it)
+	$(COMPOSE) down $(if $(VOLUMES),--volumes)
+
+logs: ## follow what the containers log, until Ctrl-C
+	$(COMPOSE) logs --follow --tail 20
+
 test: $(DEV) ## the whole suite, on all cores (JOBS=2 for two)
 	$(BIN)/pytest -n $(JOBS) --maxprocesses 8
+
+containers: $(DEV) ## run the compose stack and kill what is in it (docker and compose, or root and Debian's docker.io)
+	$(BIN)/pytest tests/docker -m containers -rs
 
 lint: $(DEV) ## ruff, mypy and the order of imports
 	$(BIN)/ruff check .
