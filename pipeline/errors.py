@@ -19,6 +19,7 @@
     │   ├── SeqGap                         frames are missing
     │   ├── WalkGap                        events are missing
     │   ├── LogLost                        the log is shorter than, or not the one, the store followed
+    │   │   └── LogChanged                 noticed while following: beginning again takes back what it lost
     │   └── OffsetOutOfRange               the log no longer, or not yet, holds that offset
     ├── CorruptInput                    5  bytes from outside are not what they say
     │   ├── BlockCorrupt                   a block file: truncated, garbage, wrong merkle root
@@ -149,6 +150,10 @@ class WalkGap(Gap):
 
 
 class LogLost(Gap):
+    pass
+
+
+class LogChanged(LogLost):
     pass
 
 

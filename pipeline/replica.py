@@ -51,6 +51,14 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """What the log made valid and is not written yet: the position after it, and what it does to the journal."""
+
+    meta: Meta
+    undo: dict[bytes, bytes | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Applied:
     step: Step
 
@@ -105,13 +113,14 @@ class Replica:
         """``archives``: keep journal entries until `Meta.archived_to` passed them."""
         self.store = store
         self.meta = meta
+        self._written = meta
         self.layers = Layers(store)
         self.voids: Counter[str] = Counter()
         self._archives = archives
         self._assembler = chunk.Assembler()
         self._steps: dict[int, Step] = {}  # pushed, not committed, by seq
-        self._group: list[int] = []  # accepted, not committed
-        self._undo: dict[bytes, bytes | None] = {}  # of the group
+        self._group: dict[int, Accepted] = {}  # not committed, by seq, ascending
+        self._undo: dict[bytes, bytes | None] = {}  # of the group, all together
         self._group_is_dirty = False
 
     # Reading
@@ -169,6 +178,11 @@ class Replica:
         if not follows(header, meta):
             return Repeat(seq=header.seq)
         return Next(header=header, message=message)
+
+    def is_ahead(self, record: bytes) -> bool:
+        """Whether a record is of a later epoch than the one in force, by what it says of itself."""
+        origin = chunk.peek_origin(record) if chunk.is_chunk(record) else frame.peek_prefix(record)
+        return origin is not None and origin.generation == self.meta.generation and origin.epoch > self.meta.epoch
 
     def _void(self, reason: str) -> Void:
         self.voids[reason] += 1
@@ -252,33 +266,48 @@ class Replica:
         header, before = step.header, self.meta
         self.meta = before.after(header, step.after, offset=offset, digest=digest)
         entry = journal.Entry(before=before.common(), frame_bytes=step.whole)  # the same on every node
-        self._undo[journal.entry_key(header.seq)] = journal.encode_entry(entry)
-        at_height = journal.height_key(header.ref.height)
-        self._undo[at_height] = None if header.kind is Kind.UNDO else header.seq.to_bytes(8, "big")
-        self._group.append(header.seq)
+        undo: dict[bytes, bytes | None] = {
+            journal.entry_key(header.seq): journal.encode_entry(entry),
+            journal.height_key(header.ref.height): None if header.kind is Kind.UNDO else header.seq.to_bytes(8, "big"),
+        }
+        self._undo |= undo
+        self._group[header.seq] = Accepted(meta=self.meta, undo=undo)
         self._group_is_dirty = True
 
-    def commit(self) -> None:
-        """Write the group: the only commit point there is. Does nothing without one."""
-        if not self._group_is_dirty:
-            return
-        self._prune()
+    def commit(self, up_to_seq: int | None = None) -> Meta:
+        """Write the group, or its frames up to a seq: the only commit point there is. Does nothing without one.
+
+        Returns the position of the store.
+        """
+        group = self._group
+        kept = {} if up_to_seq is None else {seq: one for seq, one in group.items() if seq > up_to_seq}
+        if kept:
+            ready = {seq: one for seq, one in group.items() if seq not in kept}
+            if ready:
+                self._write(list(ready), _joined(ready), list(ready.values())[-1].meta)
+                self._group = {seq: self._group[seq] for seq in kept}
+                self._undo = _joined(kept)
+        elif self._group_is_dirty:
+            self._write(list(group), self._undo, self.meta)
+            self._group, self._undo, self._group_is_dirty = {}, {}, False
+        return self._written
+
+    def _write(self, seqs: list[int], undo: dict[bytes, bytes | None], meta: Meta) -> None:
+        meta = self._prune(meta, undo)
         batch = Batch(
-            state=_merge([self._steps[seq].effect for seq in self._group]),
-            undo=self._undo,
-            meta={META_KEY: encode_meta(self.meta)},
+            state=_merge([self._steps[seq].effect for seq in seqs]), undo=undo, meta={META_KEY: encode_meta(meta)}
         )
         failpoints.hit("store.before_write")
         self.store.write(batch)
         failpoints.hit("store.after_write")
-        for seq in self._group:
+        self._written = meta
+        for seq in seqs:
             self.layers.settle(seq)
             del self._steps[seq]
-        self._group, self._undo, self._group_is_dirty = [], {}, False
 
     def drop_proposed(self) -> None:
         """Forget every pushed step that was not accepted."""
-        accepted = self._group[-1] if self._group else self.meta.seq
+        accepted = max(self._group, default=self.meta.seq)
         self.layers.revert(accepted if self._group else 0)
         self._steps = {seq: step for seq, step in self._steps.items() if seq <= accepted}
 
@@ -313,9 +342,10 @@ class Replica:
                 return None if step.header.kind is Kind.UNDO else step.header.seq
         return self._accepted_seq_at(height)
 
-    def _accepted_seq_at(self, height: int) -> int | None:
+    def _accepted_seq_at(self, height: int, undo: dict[bytes, bytes | None] | None = None) -> int | None:
         key = journal.height_key(height)
-        data = self._undo[key] if key in self._undo else self.store.get_undo(key)
+        undo = self._undo if undo is None else undo
+        data = undo[key] if key in undo else self.store.get_undo(key)
         return None if data is None else int.from_bytes(data, "big")
 
     def header_at(self, height: int) -> Header:
@@ -326,20 +356,28 @@ class Replica:
         step = self._steps.get(seq)
         return self._stored_entry(seq).header if step is None else step.header
 
-    def _prune(self) -> None:
-        """Drop what finality, and the archive where this node feeds one, no longer need."""
-        meta = self.meta
+    def _prune(self, meta: Meta, undo: dict[bytes, bytes | None]) -> Meta:
+        """Drop what finality, and the archive where this node feeds one, no longer need. ``undo``: what is written with
+        ``meta``, to which the deletions are added. Returns the meta that says so, and lets those that follow say so."""
         bound = min(meta.final_height, meta.archived_to - 1) if self._archives else meta.final_height
         height, first = meta.journal_first_height, meta.journal_first_seq
         while height <= min(bound, meta.tip.height):
-            seq = self._accepted_seq_at(height)
+            seq = self._accepted_seq_at(height, undo)
             if seq is not None:
                 for old in range(first, seq + 1):
-                    self._undo[journal.entry_key(old)] = None
+                    undo[journal.entry_key(old)] = None
                 first = seq + 1
-            self._undo[journal.height_key(height)] = None
+            undo[journal.height_key(height)] = None
             height += 1
-        self.meta = replace(meta, journal_first_height=height, journal_first_seq=first)
+        if height == meta.journal_first_height:
+            return meta
+
+        def begin(other: Meta) -> Meta:
+            return replace(other, journal_first_height=height, journal_first_seq=first)
+
+        self.meta = begin(self.meta)
+        self._group = {seq: replace(one, meta=begin(one.meta)) for seq, one in self._group.items()}
+        return begin(meta)
 
     def take_back(self) -> None:
         """Undo the last frame because the log lost it: state and meta as before it, but the proof. Commits.
@@ -359,7 +397,7 @@ class Replica:
         effect = apply_whole(entry.diff().inverted(), self.layers.read)
         at_height = journal.height_key(header.ref.height)
         back_at = entry.before.tip.seq.to_bytes(8, "big") if header.kind is Kind.UNDO else None
-        self.meta = replace(
+        self.meta = self._written = replace(
             entry.before,
             journal_first_seq=meta.journal_first_seq,
             journal_first_height=meta.journal_first_height,
@@ -374,6 +412,11 @@ class Replica:
             )
         )
         failpoints.hit("store.taken_back")
+
+    def begin_again(self, meta: Meta) -> None:
+        """The log lost what was followed and changed nothing: another position of the same state. Commits."""
+        self.meta = self._written = meta
+        self.store.write(Batch(meta={META_KEY: encode_meta(meta)}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -402,6 +445,10 @@ class Undone:
 def as_whole(header: Header) -> Header:
     """The header of the same frame in whole form."""
     return replace(header, required=header.required | Feature.SELF_CONTAINED, codec=Codec.ZSTD)
+
+
+def _joined(group: dict[int, Accepted]) -> dict[bytes, bytes | None]:
+    return {key: value for one in group.values() for key, value in one.undo.items()}
 
 
 def _merge(effects: list[Effect]) -> dict[bytes, bytes | None]:

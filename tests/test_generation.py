@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +19,13 @@ from pipeline.frame import Kind
 from pipeline.generation import (
     Generation,
     Opening,
-    current,
     decode_end,
     decode_generation,
     decode_opening,
     encode_end,
     encode_generation,
     encode_opening,
+    history,
 )
 
 FIRST = Generation(generation=b"1" * 16, chain_id="main")
@@ -89,6 +90,12 @@ RIVAL = replace(SECOND, generation=b"3" * 16)
 THIRD = replace(FIRST, generation=b"4" * 16, number=3, previous=b"2" * 16)
 
 
+def last(records: Iterable[bytes]) -> Generation | None:
+    """The generation in force."""
+    found = history(records)
+    return found[-1] if found else None
+
+
 @pytest.mark.parametrize(
     ("records", "expected"),
     [
@@ -108,16 +115,16 @@ THIRD = replace(FIRST, generation=b"4" * 16, number=3, previous=b"2" * 16)
 )
 def test_generation_in_force(records: list[Generation], expected: Generation | None) -> None:
     """Each valid record follows the one before; who loses the race is passed by."""
-    assert current(map(encode_generation, records)) == expected
+    assert last(map(encode_generation, records)) == expected
 
 
 def test_damaged_record_is_void() -> None:
     """A record that was cut off does not hide the ones around it; a later version does stop the reader."""
     whole = encode_generation(SECOND)
 
-    assert current([b"", encode_generation(FIRST), whole[:-1], whole, b"junk" * 9]) == SECOND
+    assert last([b"", encode_generation(FIRST), whole[:-1], whole, b"junk" * 9]) == SECOND
     with pytest.raises(Unsupported, match="version 2"):
-        current([encode_generation(FIRST), whole[:4] + b"\x02" + whole[5:]])
+        last([encode_generation(FIRST), whole[:4] + b"\x02" + whole[5:]])
 
 
 @pytest.mark.parametrize(
