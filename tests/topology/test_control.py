@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 
 from pipeline.errors import NotFound, UsageError
 from tests.chains import block_files, expected
-from tests.topology.commands import Site, finish, wait_until
+from tests.topology.commands import ROOT, Site, finish, wait_until
 
 STEPS = expected("mainnet_0_599")
 NODES = ("p", "r")
@@ -102,6 +104,18 @@ def test_snapshot_and_restore_of_it(site: Site) -> None:
     restored = site.here("restore", node="restored").ok()
     assert (restored["height"], restored["root"], restored["proof"]) == (499, taken["root"], "proven")
     assert site.muhash("restored")["muhash"] == STEPS[499]["muhash"]
+
+
+def test_health_check(site: Site) -> None:
+    """It passes where a worker answers, and nowhere else: not where there is only a store."""
+
+    def check(node: str) -> int:
+        command = [sys.executable, "-m", "topology.control", site.dir(node) / "control.sock"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode
+
+    site.here("run", "--role", "replica", "--until-height", 9, node="ended").ok()
+
+    assert [check(node) for node in (*NODES, "ended", "never")] == [0, 0, 1, 1]
 
 
 def test_nothing_is_left_behind(site: Site) -> None:
