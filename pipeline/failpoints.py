@@ -35,6 +35,7 @@ NAMES: Final = (
     "prove.range_hashed",  # a helper process hashed its share, nobody knows
     "prove.hashed",  # every key was hashed, the proof is not written
     "ingest.published",  # one batch of events is acknowledged
+    "split.sent",  # one event was handed to the broker for every shard
 )
 
 _hits: Counter[str] = Counter()

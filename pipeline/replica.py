@@ -18,6 +18,7 @@ computes steps ahead (`push`), and when it reads its own frame back it accepts t
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -353,6 +354,16 @@ class Replica:
         seq = self.seq_at(height)
         if seq is None:
             raise StoreCorrupt(f"the journal has no block at height {height}")
+        return self._header(seq)
+
+    def header_of_walk(self, walk: int) -> Header | None:
+        """The header of the last frame of an event that was computed; None where the journal does not reach it."""
+        seqs = range(self.meta.journal_first_seq, max(self._steps, default=self.meta.seq) + 1)
+        at = bisect_right(seqs, walk, key=lambda seq: self._header(seq).walk) - 1
+        header = self._header(seqs[at]) if at >= 0 else None
+        return header if header is not None and header.walk == walk else None
+
+    def _header(self, seq: int) -> Header:
         step = self._steps.get(seq)
         return self._stored_entry(seq).header if step is None else step.header
 

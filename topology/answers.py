@@ -5,47 +5,71 @@ The long ones work on a checkpoint and in processes of their own, so that whoeve
 
 from __future__ import annotations
 
+import asyncio
 import time
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
 
-from pipeline.errors import AuditFailed, StateferryError, StoreCorrupt
+from pipeline.commitment.lthash import state_root
+from pipeline.errors import AuditFailed, StateferryError, StoreCorrupt, UsageError
 from pipeline.objects import open_objects
 from pipeline.replica import Replica
 from pipeline.stores.rocksdb import RocksStore
-from pipeline.verify import Audited, Proof
-from topology import lag, logs, reads, snapshotter, verifier
+from pipeline.verify import Audited, Proof, combine
+from topology import anchors, lag, logs, reads, snapshotter, verifier, views
 from topology.archiver import Archiver
 from topology.data_dir import DataDir
 from topology.lag import Stand
 from topology.lead import State
 from topology.node import Node, Role
+from topology.shard_set import ShardSet
 from topology.transports.base import Broker
 
 log = logs.get()
 
 
-async def status(node: Node) -> dict[str, Any]:
+async def status(shard_set: ShardSet) -> dict[str, Any]:
     """Where a worker stands, and how far behind the log: ``shards`` has an entry for each that it holds."""
-    return reads.status(node.committed_meta, node.proof) | {
+    nodes = shard_set.nodes
+    return await standing(shard_set) | {
         "running": True,
-        "role": node.role.value,
-        "state": node.state.value,
-        "instance": node.data_dir.node_id,
-        "void_records": dict(node.voids),
-        "in_flight": node.in_flight,
-        "shards": [await _shard(node)],
+        "role": shard_set.role.value,
+        "state": _state(shard_set),
+        "instance": shard_set.data_dir.node_id,
+        "in_flight": sum(node.in_flight for node in nodes),
+        "splits": shard_set.splitting is not None and shard_set.splitting.is_running,
+        "shards": list(await asyncio.gather(*map(_shard, shard_set.owned or nodes))),
     }
+
+
+async def standing(shard_set: ShardSet) -> dict[str, Any]:
+    """The position of all shards, by what this worker holds of them, or else by what all of them say."""
+    owned = shard_set.owned or shard_set.nodes
+    document = reads.standing([node.committed_meta for node in owned], shard_set.proof)
+    if document.get("root") is None:
+        with suppress(StateferryError):
+            anchored = await anchors.newest(shard_set.broker, shard_set.generation)
+            document = reads.standing([node.committed_meta for node in owned], shard_set.proof, anchored)
+    return document | {"void_records": dict(sum((node.voids for node in shard_set.nodes), Counter()))}
+
+
+def _state(shard_set: ShardSet) -> str:
+    """Of the shard that is furthest from leading."""
+    order = [State.FOLLOWING, State.CLAIMING, State.LEADING]
+    return min((node.state for node in shard_set.owned or shard_set.nodes), key=order.index).value
 
 
 async def _shard(node: Node) -> dict[str, Any]:
     meta, generation = node.committed_meta, node.generation
-    stands = {"diffs": lag.diffs_stand(meta, generation.diffs_topic, 0)}
+    stands = {"diffs": lag.diffs_stand(meta, generation.diffs_topic, node.shard)}
     if node.role is Role.PRIMARY:
-        stands["blocks"] = lag.blocks_stand(meta, generation.blocks_topic, 0)
+        stands["blocks"] = lag.blocks_stand(meta, generation.events_topic, node.shard)
     return (
         reads.shard(meta)
         | {
-            "owner": node.data_dir.node_id,
+            "owner": node.data_dir.node_id if node.is_owned else None,
             "state": node.state.value,
             "in_force": node.state is State.LEADING,
             "void_records": dict(node.voids),
@@ -98,18 +122,38 @@ async def prove(store: RocksStore, data_dir: DataDir) -> tuple[Proof, Audited]:
         raise
 
 
-async def verify(store: RocksStore, data_dir: DataDir) -> dict[str, Any]:
-    """`prove`, as a document."""
+async def verify(stores: Sequence[tuple[RocksStore, DataDir]]) -> dict[str, Any]:
+    """`prove` of every shard's store, as a document."""
     started_s = time.monotonic()
-    proof, audited = await prove(store, data_dir)
-    meta, _ = _position(store)
-    return reads.position(meta, proof) | {
+    proofs, audits, metas = [], [], []
+    for store, data_dir in stores:
+        proof, audited = await prove(store, data_dir)
+        proofs.append(proof)
+        audits.append(audited)
+        metas.append(views.view_of(store).meta)
+    heights = [-1 if proof.at is None else proof.at.height for proof in proofs]
+    root = state_root(combine(audits).vectors).hex() if len({proof.at for proof in proofs}) == 1 else None
+    found = reads.standing(metas, Proof(proven=True))
+    return {name: found[name] for name in ("chain", "generation", "height", "block_hash", "root", "proof")} | {
         "verified": True,
-        "verified_height": -1 if proof.at is None else proof.at.height,
-        "verified_root": proof.root.hex(),
-        "keys": audited.keys,
+        "verified_height": min(heights),
+        "verified_root": root,
+        "keys": sum(audited.keys for audited in audits),
         "seconds": round(time.monotonic() - started_s, 3),
     }
+
+
+Several = TypeVar("Several")
+
+
+def only(several: Sequence[Several], what: str) -> Several:
+    """The only one. Raises UsageError for shards where there is no way yet to work on several."""
+    if len(several) > 1:
+        raise UsageError(
+            f"{what} of a state in {len(several)} shards cannot be made yet",
+            way_out="run a replica: it follows the frames of all shards from their start",
+        )
+    return several[0]
 
 
 async def snapshot(store: RocksStore, data_dir: DataDir, objects_url: str, height: int | None) -> dict[str, Any]:
@@ -141,7 +185,7 @@ async def snapshot(store: RocksStore, data_dir: DataDir, objects_url: str, heigh
 
 def flush_archive(store: RocksStore, objects_url: str) -> None:
     """Archive all final blocks of a store that was a primary's last: what a running one does for itself."""
-    view = reads.View.of(store)
+    view = views.view_of(store)
     if view.role != Role.PRIMARY.value:
         return
     replica = Replica(store, view.meta, archives=True)
@@ -151,5 +195,5 @@ def flush_archive(store: RocksStore, objects_url: str) -> None:
 
 
 def _position(store: RocksStore) -> tuple[Any, Proof]:
-    view = reads.View.of(store)
+    view = views.view_of(store)
     return view.meta, view.proof

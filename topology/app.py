@@ -1,4 +1,4 @@
-"""The Faust application of one node: its settings, its agents, and the order in which they start and stop.
+"""The Faust application of one worker: its settings, its agents, and the order in which they start and stop.
 
 The settings below are not taste. Each was needed on a running worker: see the comments.
 """
@@ -14,7 +14,10 @@ from faust.tables import TableManager
 from mode.supervisors import CrashingSupervisor
 
 from topology import applier, logs, replicator
-from topology.node import Node, Role
+from topology.lead import Produce
+from topology.node import Role
+from topology.shard_set import ShardSet
+from topology.splitter import Splitting
 from topology.transports.factory import faust_credentials, faust_urls
 from topology.transports.kafka_security import security_of
 
@@ -40,28 +43,31 @@ class NoTables(TableManager):  # type: ignore[misc]
 
 
 class Application:
-    """A node's Faust app, built and not started."""
+    """A worker's Faust app, built and not started."""
 
-    def __init__(self, node: Node) -> None:
-        self.node = node
-        generation = node.generation
+    def __init__(self, shard_set: ShardSet) -> None:
+        self.shard_set = shard_set
+        generation, settings = shard_set.generation, shard_set.settings
+        node_id = shard_set.data_dir.node_id
         self._acknowledgements: asyncio.Queue[Awaitable[Any]] = asyncio.Queue(ACKNOWLEDGEMENTS_MAX)
-        # One consumer group per node: each reads all of the partition.
-        prefix = self._prefix = node.settings.topic_prefix
-        group = f"{prefix}stateferry-{generation.chain_id}-{node.role.value}-{node.data_dir.node_id}"
-        security = security_of(node.settings)
+        # One consumer group per node: each reads all partitions. Primaries of several shards share them out.
+        is_shared = generation.shards > 1 and shard_set.role is Role.PRIMARY
+        prefix = self._prefix = settings.topic_prefix
+        member = generation.generation.hex()[:12] if is_shared else node_id
+        group = f"{prefix}stateferry-{generation.chain_id}-{shard_set.role.value}-{member}"
+        security = security_of(settings)
         self.app = faust.App(
             group,
-            broker=faust_urls(node.settings.broker_url),
+            broker=faust_urls(settings.broker_url),
             broker_credentials=faust_credentials(security),
-            datadir=node.data_dir.path / "faust",
+            datadir=shard_set.data_dir.path / "faust",
             agent_supervisor=CrashingSupervisor,  # the default goes on behind a failed record
             stream_wait_empty=False,  # else SIGTERM waits for records that nobody acks
             stream_buffer_maxsize=STREAM_BUFFER_RECORDS,
             broker_max_poll_records=POLL_RECORDS_MAX,
-            consumer_group_instance_id=node.data_dir.node_id,  # a killed worker has its partitions back at once
-            broker_session_timeout=node.settings.session_timeout_s,
-            broker_heartbeat_interval=node.settings.session_timeout_s / 10,
+            consumer_group_instance_id=node_id,  # a killed worker has its partitions back at once
+            broker_session_timeout=settings.session_timeout_s,
+            broker_heartbeat_interval=settings.session_timeout_s / 10,
             broker_max_poll_interval=86_400.0,  # a paused partition is not a dead worker
             producer_request_timeout=60.0,  # the default would hold a primary for 20 minutes
             topic_disable_leader=True,
@@ -75,54 +81,80 @@ class Application:
         )
         self.app.kafka_security = security
         # A producer asks for an id, which takes a permission to write.
-        self.app.boot_strategy.enable_kafka_producer = node.role is Role.PRIMARY
+        self.app.boot_strategy.enable_kafka_producer = shard_set.role is Role.PRIMARY
         self.app.stored_offsets = self._stored_offsets
         self._diffs = self._topic(generation.diffs_topic)
-        self.app.agent(self._diffs, name="replicator", isolated_partitions=True)(replicator.make_agent(node))
-        if node.role is Role.PRIMARY:
-            agent = applier.make_agent(node)
-            self.app.agent(self._topic(generation.blocks_topic), name="applier", isolated_partitions=True)(agent)
+        self._events = self._topic(generation.events_topic)
+        self._agent(self._diffs, "replicator", replicator.make_agent(shard_set))
+        if shard_set.role is Role.PRIMARY:
+            self._agent(self._events, "applier", applier.make_agent(shard_set))
+        if is_shared:
+            self._agent(self._topic(generation.blocks_topic), "splitter", make_splitter(shard_set))
+
+    def _agent(self, topic: Any, name: str, agent: Any) -> None:
+        self.app.agent(topic, name=name, isolated_partitions=True)(agent)
 
     def _topic(self, name: str) -> Any:
         return self.app.topic(self._prefix + name, value_type=bytes, value_serializer="raw", key_serializer="raw")
 
-    async def produce(self, record: bytes) -> Awaitable[Any]:
-        sent: Awaitable[Any] = await self._diffs.send(value=record, partition=0)
+    def produce(self, shard: int) -> Produce:
+        """What appends to a shard's frames."""
+
+        async def send(record: bytes) -> Awaitable[Any]:
+            sent: Awaitable[Any] = await self._diffs.send(value=record, partition=shard)
+            return sent
+
+        return send
+
+    async def split(self, shard: int, record: bytes) -> Awaitable[Any]:
+        """Append to a shard's events."""
+        sent: Awaitable[Any] = await self._events.send(value=record, partition=shard)
         return sent
 
     async def _stored_offsets(self, assignment: set[Any]) -> dict[Any, int]:
-        """The hook before flow resumes: compare store and log, answer with the store's offsets."""
+        """The hook before flow resumes: compare stores and logs, answer with the stores' offsets."""
+        shard_set, diffs = self.shard_set, self._prefix + self.shard_set.generation.diffs_topic
+        blocks = (shard_set.generation.blocks_topic, 0)
         try:
-            offsets = await self.node.start()
+            offsets = await shard_set.start(tp.partition for tp in assignment if tp.topic == diffs)
+            if shard_set.splitting is not None:
+                if any((tp.topic, tp.partition) == (self._prefix + blocks[0], 0) for tp in assignment):
+                    offsets[blocks] = await shard_set.splitting.start()
+                else:
+                    shard_set.splitting.rest()
         except Exception as error:
-            self.node.fail(error)
+            shard_set.fail(error)
             raise
         asyncio.get_running_loop().call_soon(self._claim)
-        stored = {(self._prefix + topic, 0): offset for topic, offset in offsets.items()}
+        stored = {(self._prefix + topic, partition): offset for (topic, partition), offset in offsets.items()}
         return {tp: stored[tp] for tp in assignment if tp in stored}
 
     def _claim(self) -> None:
-        task = asyncio.ensure_future(self.node.claim_if_caught_up())
+        task = asyncio.ensure_future(self.shard_set.claim())
         task.add_done_callback(self._claimed)
         self._claiming = task
 
     def _claimed(self, task: asyncio.Future[None]) -> None:
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            self.node.fail(error)
+            self.shard_set.fail(error)
 
     async def run(self) -> None:
         """Start, run until the node stops, end in seconds."""
-        beside = [asyncio.create_task(applier.check_acknowledgements(self.node, self._acknowledgements))]
+        shard_set, sent = self.shard_set, self._acknowledgements
+        beside = [asyncio.create_task(applier.check_acknowledgements(shard_set, sent))]
         crashed = asyncio.create_task(self.app._crashed.wait())
-        stopping = asyncio.create_task(self.node.stopping.wait())
+        stopping = asyncio.create_task(shard_set.stopping.wait())
         try:
             await self.app.start()
-            if self.node.lead is not None:
-                beside.append(asyncio.create_task(applier.finish_begun(self.node, self._acknowledgements)))
+            for node in shard_set.nodes:
+                if node.lead is not None:
+                    beside.append(asyncio.create_task(applier.finish_begun(node, sent)))
+            if shard_set.splitting is not None:
+                beside.append(asyncio.create_task(check_split(shard_set, shard_set.splitting)))
             await asyncio.wait({stopping, crashed}, return_when=asyncio.FIRST_COMPLETED)
             if crashed.done() and not stopping.done():
-                self.node.fail(self.app._crash_reason or RuntimeError("the Faust application crashed"))
+                shard_set.fail(self.app._crash_reason or RuntimeError("the Faust application crashed"))
         finally:
             for task in (*beside, crashed, stopping):
                 task.cancel()
@@ -132,3 +164,27 @@ class Application:
                     await self.app.stop()
             except TimeoutError:
                 log.warning("stop_cut_short", seconds=STOP_TIMEOUT_S)
+
+
+def make_splitter(shard_set: ShardSet) -> Any:
+    """The splitter's agent: events of `blocks` in, one for each shard out."""
+
+    async def splitter(stream: Any) -> None:
+        async for event in stream.events():
+            try:
+                assert shard_set.splitting is not None
+                await shard_set.splitting.on_blocks(event.message.offset, event.message.value)
+            except Exception as error:
+                shard_set.fail(error)
+            if shard_set.stopping.is_set():
+                await asyncio.Event().wait()  # until the worker takes this task down: nothing more is handled
+
+    return splitter
+
+
+async def check_split(shard_set: ShardSet, splitting: Splitting) -> None:
+    """Await what the splitter sent."""
+    try:
+        await splitting.check_sent()
+    except Exception as error:
+        shard_set.fail(error)

@@ -12,18 +12,20 @@ from typing import Any
 
 from pipeline import failpoints
 from topology.node import Node
+from topology.shard_set import ShardSet
 
 
-def make_agent(node: Node) -> Any:
+def make_agent(shard_set: ShardSet) -> Any:
     """The agent's function."""
 
     async def applier(stream: Any) -> None:
         async for event in stream.events():
+            message = event.message
             try:
-                await node.on_blocks(event.message.offset, event.message.value)
+                await shard_set.nodes[message.partition].on_blocks(message.offset, message.value)
             except Exception as error:
-                node.fail(error)
-            if node.stopping.is_set():
+                shard_set.fail(error)
+            if shard_set.stopping.is_set():
                 await asyncio.Event().wait()  # until the worker takes this task down: nothing more is handled
 
     return applier
@@ -41,13 +43,13 @@ async def finish_begun(node: Node, acknowledgements: asyncio.Queue[Awaitable[Any
             return
 
 
-async def check_acknowledgements(node: Node, acknowledgements: asyncio.Queue[Awaitable[Any]]) -> None:
+async def check_acknowledgements(shard_set: ShardSet, acknowledgements: asyncio.Queue[Awaitable[Any]]) -> None:
     """Await every send, in order."""
     while True:
         sent = await acknowledgements.get()
         try:
             await sent
         except Exception as error:
-            node.fail(error)
+            shard_set.fail(error)
             return
         failpoints.hit("propose.produced")

@@ -129,7 +129,7 @@ class DataDir:
                 where=str(self.path),
                 way_out="`stateferry run` follows a chain into it, `stateferry restore` fills it from a snapshot",
             )
-        self.check_quarantine()
+        self._owner.check_quarantine()
         return RocksStore(self.store_path)
 
     def set_aside(self, error: StateferryError, record: bytes, *, topic: str, partition: int, offset: int) -> Path:

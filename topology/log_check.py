@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.errors import EventCorrupt, LogLost, OffsetOutOfRange
+from pipeline.errors import EventCorrupt, LogLost, OffsetOutOfRange, WalkInvalid
 from pipeline.frame import NO_HASH, digest_of
 from pipeline.generation import Generation
 from pipeline.inlet import NO_SOURCE, EventReader, SourcePosition
-from pipeline.position import LogMark, Meta, encode_meta
+from pipeline.position import LogMark, Meta
+from pipeline.primary import check_repeat
 from pipeline.replica import Replica
 from pipeline.splitting import ShardEventReader, stood_at
-from pipeline.stores.base import META_KEY, Batch
 from topology import logs, topics
 from topology.transports.base import Broker
 
@@ -57,8 +57,7 @@ async def follow_back(broker: Broker, topic: str, replica: Replica, unread: Meta
             frames += 1
         elif replica.meta.epoch > 0:
             # Nothing but EPOCHs was followed, and the log lost one: begin after the opening again.
-            replica.meta = replace(unread, tip=replica.meta.tip)
-            replica.store.write(Batch(meta={META_KEY: encode_meta(replica.meta)}))
+            replica.begin_again(replace(unread, tip=replica.meta.tip))
         else:
             raise LogLost("the diffs topic is not the one that this store followed", where=topic)
     if frames:
@@ -100,7 +99,15 @@ async def find_events(broker: Broker, generation: Generation, replica: Replica) 
             position.meet_bad_record()
             continue
         if found is not None:
-            position.follow(found[0])
+            event, reading = found
+            before = position.walk
+            position.follow(event)
+            try:
+                if position.walk > before:
+                    check_repeat(replica, event)
+            except WalkInvalid:
+                follow_on, last = reading.first, reading.previous_digest  # the primary refuses it there, by name
+                break
     epoch, writer = position.source if position.source[0] else NO_SOURCE
     replica.meta = replace(replica.meta, source_epoch=epoch, source_writer=writer)
     return follow_on, _reader(generation, shard, previous_digest=last)

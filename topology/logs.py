@@ -19,8 +19,10 @@ EVENTS: Final[dict[str, str]] = {
     "base_restored": "height, keys",
     "state_proven": "height, keys, seconds",
     "log_taken_back": "frames, from_seq, to_seq, why",
+    "log_changed": "error, message",
     "blocks_log_shorter": "stored_offset, end_offset",
     "splitter_started": "offset, walk",
+    "shards_owned": "shards, of",
     "epoch_claimed": "epoch, writer",
     "epoch_lost": "epoch, writer",  # of who won
     "group_committed": "height, seq, blocks, changes, bytes",

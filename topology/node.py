@@ -1,8 +1,8 @@
-"""A node: one store that follows one partition, on one broker, in one process.
+"""A node: one store that follows one partition, on one broker, in one process: a shard, or all there is.
 
 The node is what the agents call and what commands ask. It holds no rule of the system: what a record means is said by
 `pipeline.replica`. It decides when: when to open, to follow, to commit, to archive, to stop. What a primary does
-beyond that is its `Lead`.
+beyond that is its `Lead`; what a worker does for all of its shards, its `ShardSet`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from pipeline import chunk, failpoints
 from pipeline.archive import plan_segments
-from pipeline.errors import Diverged, FrameCorrupt, Gap, GenerationEnded, NotProven, StateferryError, disk_full
+from pipeline.errors import Diverged, FrameCorrupt, Gap, GenerationEnded, LogChanged, NotProven, StateferryError
 from pipeline.frame import digest_of
 from pipeline.generation import Generation, Opening
 from pipeline.position import Meta, decode_meta, encode_meta
@@ -28,6 +28,7 @@ from pipeline.verify import Proof, decode_proof, encode_proof
 from topology import log_check, logs, topics
 from topology.archiver import Archiver
 from topology.data_dir import DataDir
+from topology.ending import Ending
 from topology.lead import Lead, Produce, State
 from topology.settings import Settings
 from topology.transports.base import Broker
@@ -61,10 +62,10 @@ class Ends:
 
 
 class Node:
-    """One worker's store and what it does with records. All methods run on the worker's event loop.
+    """One shard's store and what it does with records. All methods run on the worker's event loop.
 
-    * `failure` is the error that ended it, None for a clean end; `stopping` is set either way.
-    * Nothing is accepted or proposed after `stopping` is set.
+    * Nothing is accepted or proposed after `stopping` is set, nor while the shard is another worker's.
+    * Nodes that are `kept_together` write a frame once all of them have it.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Node:
         data_dir: DataDir,
         opening: Opening,
         opening_record: bytes,
+        ending: Ending,
         until_height: int | None = None,
     ) -> None:
         self.settings = settings
@@ -84,9 +86,10 @@ class Node:
         self.data_dir = data_dir
         self.opening = opening
         self.generation: Generation = opening.generation
-        self.until_height = until_height  # a node that stands there ends
-        self.failure: StateferryError | None = None
-        self.stopping = asyncio.Event()
+        self.shard = opening.shard
+        self.is_owned = False  # by this worker, and started
+        self.until_height = until_height  # a node that stands there takes nothing more in
+        self.kept_together: list[Node] = []  # this one among them; empty: it writes by itself
         self.progressed = asyncio.Event()  # something was committed; set and cleared by `_commit`
         self.on_commit: list[Callable[[list[Step]], None]] = []
         self.lead: Lead | None = None  # of a primary
@@ -101,8 +104,11 @@ class Node:
         self._committed: Meta
         self._commit_is_due = False
         self._uncommitted: list[Step] = []
+        self._ending = ending
         self._opened = False
-        self._started = False  # the ends of the topics are known
+        self._started = False  # the store was compared with the logs
+        self._session = 0  # counts starts: what was taken before one must not be followed after it
+        self._others_moved = asyncio.Event()  # one of `kept_together` took a frame in
         self._handling = 0  # records taken, and not yet known to be good
         self.archiver: Archiver | None = None
 
@@ -168,50 +174,56 @@ class Node:
             if self.lead is not None:
                 self.lead.close()
             try:
-                if self.failure is None:
+                if self._ending.failure is None:
                     self._commit()
                 self.store.flush()
             except Exception as error:
-                self.failure = self.failure or self._named(error)
+                self._ending.add(error)
             try:
                 self.store.close()
             except Exception as error:
-                # What ended the node comes first: a store whose disk is full can be neither flushed nor closed.
-                self.failure = self.failure or self._named(error)
+                self._ending.add(error)  # a store whose disk is full can be neither flushed nor closed
             log.info("node_closed", height=self.replica.meta.tip.height, seq=self.replica.meta.seq)
+
+    @property
+    def stopping(self) -> asyncio.Event:
+        return self._ending.stopping
 
     def fail(self, error: BaseException) -> None:
         """End the worker with an error: the first one counts."""
-        if not self.stopping.is_set():
-            self.failure = self._named(error)
-            self.stopping.set()
-
-    def _named(self, error: BaseException) -> StateferryError:
-        if isinstance(error, StateferryError):
-            return error
-        if isinstance(error, OSError) and (full := disk_full(error)) is not None:
-            return full
-        log.error("worker_failed", error=type(error).__name__, exc_info=error)
-        return StateferryError(f"{error!r}")
-
-    def stop(self) -> None:
-        self.stopping.set()
+        self._ending.fail(error)
 
     # Starting to follow
 
     async def start(self) -> dict[str, int]:
-        """Compare the store with the logs, and say from where to read: topic -> offset. After every assignment."""
+        """Compare the store with the logs, and say from where to read: topic -> offset. After every assignment that
+        gives this shard to this worker."""
+        self._session += 1
+        self.is_owned = False
         self._commit()
         await self._check_diffs()
         self.next_diffs = self.replica.meta.diffs.next_offset
-        _, self.ends.diffs = await self.broker.bounds(self.generation.diffs_topic, 0)
         offsets = {self.generation.diffs_topic: self.next_diffs}
         if self.lead is not None:
-            offsets[self.generation.blocks_topic] = await self.lead.start()
-            _, self.ends.blocks = await self.broker.bounds(self.generation.blocks_topic, 0)
+            offsets[self.generation.events_topic] = await self.lead.start()
+        await self.look_at_ends()
         self.last_progress_s = time.monotonic()
-        self._started = True
+        self.is_owned = self._started = True
         return offsets
+
+    def rest(self) -> None:
+        """The shard is another worker's now: keep what the log confirmed, forget the rest."""
+        self._session += 1
+        self.is_owned = False
+        self._commit()
+        if self.lead is not None:
+            self.lead.give_up()
+
+    async def look_at_ends(self) -> None:
+        """Where the topics end now."""
+        _, self.ends.diffs = await self.broker.bounds(self.generation.diffs_topic, self.shard)
+        if self.lead is not None:
+            _, self.ends.blocks = await self.broker.bounds(self.generation.events_topic, self.shard)
 
     async def _check_diffs(self) -> None:
         """Take back what the diffs topic lost. Raises LogLost, OffsetOutOfRange."""
@@ -220,11 +232,23 @@ class Node:
         await log_check.follow_back(self.broker, self.generation.diffs_topic, self.replica, self._base_meta())
         self._committed = self.replica.meta
 
+    async def _check_log(self) -> None:
+        """Raises LogChanged if the diffs topic does not hold what was followed."""
+        topic, meta = self.generation.diffs_topic, self.replica.meta
+        if not await log_check.holds(self.broker, topic, meta.shard, meta.diffs):
+            raise LogChanged(
+                f"the record before offset {meta.diffs.next_offset} is not the one that was followed",
+                where=topic,
+                way_out="start again: what the log lost is taken back",
+            )
+
     # Frames
 
     async def on_diffs(self, offset: int, record: bytes) -> None:
         """One record of the diffs topic, in order."""
-        if offset < self.next_diffs or self.stopping.is_set():
+        session = self._session
+        await self._wait_for_others()
+        if offset < self.next_diffs or session != self._session or not self._takes_records:
             return
         self.next_diffs = offset + 1
         self.last_progress_s = time.monotonic()
@@ -235,17 +259,41 @@ class Node:
         finally:
             self._handling -= 1
 
+    @property
+    def _takes_records(self) -> bool:
+        # Once it has arrived, the next record may stand above.
+        return self.is_owned and not self.stopping.is_set() and not self.has_arrived
+
+    async def _wait_for_others(self) -> None:
+        """Until what this node has and others lack is below the bound of a group."""
+        while self._ready_seq() < self.replica.meta.seq and not self.stopping.is_set():
+            if self._is_full:
+                self._commit()
+            if not self._is_full:
+                return
+            self._others_moved.clear()
+            await self._others_moved.wait()
+
+    def _ready_seq(self) -> int:
+        """The seq up to which frames may be written."""
+        return min(node.replica.meta.seq for node in self.kept_together or [self])
+
+    @property
+    def _is_full(self) -> bool:
+        replica = self.replica
+        return replica.group_length >= GROUP_FRAMES_MAX or replica.group_bytes >= self.settings.group_bytes_max
+
     async def _follow(self, offset: int, record: bytes) -> None:
         try:
             follower = self.replica.step if self.lead is None else self.lead.follow
             outcome = follower(record, offset)
-        except Gap:
-            self._commit()
-            await self._check_diffs()  # the log may have changed under us: that is the first thing to know
+        except (Diverged, FrameCorrupt, Gap) as error:
+            await self._check_log()  # it may have changed under us: that is the first thing to know
+            if not isinstance(error, Gap):
+                self._quarantine(error, record, offset)
             raise
-        except (Diverged, FrameCorrupt) as error:
-            self._quarantine(error, record, offset)
-            raise
+        if isinstance(outcome, Void) and self.replica.is_ahead(record):
+            await self._check_log()  # of a writer whose EPOCH was never read here: maybe it stands where others stood
         self._take(outcome, offset)
         await self.claim_if_caught_up()
 
@@ -254,8 +302,8 @@ class Node:
             case Applied(step=step):
                 self._uncommitted.append(step)
                 self._commit_soon()
-                if self.has_arrived:
-                    self.stop()  # here and not later: the next record may stand above
+                for node in self.kept_together:
+                    node._others_moved.set()
             case Reign(header=header):
                 self._commit()
                 if self.lead is not None:
@@ -280,9 +328,8 @@ class Node:
 
     def _commit_soon(self) -> None:
         """Commit once nothing more is waiting, or at once when the group is full."""
-        replica = self.replica
-        if replica.group_length >= GROUP_FRAMES_MAX or replica.group_bytes >= self.settings.group_bytes_max:
-            self._commit()
+        if self._is_full:
+            self._commit_all()
         elif not self._commit_is_due:
             # Far behind, frames are worth waiting for; at the tip nothing waits.
             self._commit_is_due = True
@@ -294,16 +341,21 @@ class Node:
         if not self._opened or self.stopping.is_set():
             return
         try:
-            self._commit()
+            self._commit_all()
         except Exception as error:
             self.fail(error)
 
+    def _commit_all(self) -> None:
+        """What this node's last frames made ready, here and elsewhere."""
+        for node in self.kept_together or [self]:
+            node._commit()
+
     def _commit(self) -> None:
-        self.replica.commit()
-        self._committed = self.replica.meta
-        if not self._uncommitted:
+        self._committed = self.replica.commit(self._ready_seq())
+        count = sum(step.header.seq <= self._committed.seq for step in self._uncommitted)
+        if count == 0:
             return
-        steps, self._uncommitted = self._uncommitted, []
+        steps, self._uncommitted = self._uncommitted[:count], self._uncommitted[count:]
         last = steps[-1]
         log.info(
             "group_committed",
@@ -324,20 +376,21 @@ class Node:
     async def claim_if_caught_up(self) -> None:
         """A primary that has read all there was appends its EPOCH, and follows up to it."""
         lead = self.lead
-        if lead is None or lead.state is not State.FOLLOWING or self.stopping.is_set():
+        if lead is None or lead.state is not State.FOLLOWING or not self._takes_records:
             return
         if self.next_diffs < self.ends.diffs:
             return
-        _, end = await self.broker.bounds(self.generation.diffs_topic, 0)
-        if self.next_diffs >= end and lead.state is State.FOLLOWING:
+        _, end = await self.broker.bounds(self.generation.diffs_topic, self.shard)
+        if self.next_diffs >= end and self.is_owned and lead.state is State.FOLLOWING:
             await lead.claim()
 
     async def on_blocks(self, offset: int, record: bytes) -> None:
         """One record of the blocks topic: propose what follows."""
         lead = self.lead
         assert lead is not None, self.role
+        session = self._session
         await lead.wait_for_room(self.stopping)
-        if offset < lead.next_blocks or self.stopping.is_set() or lead.primary is None:
+        if session != self._session or offset < lead.next_blocks or self.stopping.is_set() or lead.primary is None:
             return
         if self.until_height is not None and lead.stands_at(self.until_height):
             await self.stopping.wait()  # what is proposed already ends this node when it is read back
@@ -366,8 +419,8 @@ class Node:
 
     @property
     def has_consumed_all(self) -> bool:
-        """Whether everything that was in the topics at the start is consumed, and own frames are committed."""
-        if not self._started or self._handling or self._uncommitted or self._commit_is_due:
+        """Whether everything up to `ends` is consumed, and own frames are committed."""
+        if not self.is_owned or self._handling or self._uncommitted or self._commit_is_due:
             return False
         if self.next_diffs < self.ends.diffs:
             return False
@@ -419,10 +472,6 @@ class Node:
         for wait in waits:
             wait.cancel()
 
-    def adopt_stop(self, stopping: asyncio.Event) -> None:
-        """Stop when this event is set: it is set by signals since before the node was there."""
-        self.stopping = stopping
-
     def proven(self, proof: Proof) -> None:
         self.proof = proof
         self.progressed.set()
@@ -434,7 +483,7 @@ class Node:
         """Whether a whole segment of final blocks waits for the archive."""
         meta = self._committed
         waits = bool(plan_segments(meta.archived_to, meta.final_height))
-        return self.archiver is not None and self.proof.proven and waits
+        return self.archiver is not None and self.is_owned and self.proof.proven and waits
 
     def archive_once(self, *, flush: bool = False) -> bool:
         """Archive the next segment, or with ``flush`` what there is of it. False if there was nothing to do."""

@@ -5,43 +5,39 @@ Every answer carries the position it was read at. Reads of a claimed state are r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
+from pipeline.anchors import Joined
 from pipeline.apply import describe_key
 from pipeline.commitment.muhash import MuHash
-from pipeline.errors import NotFound, StoreCorrupt, UsageError
-from pipeline.position import Meta, decode_meta
+from pipeline.errors import NotFound, UsageError
+from pipeline.position import Meta
+from pipeline.shards import join_metas, stand_together
 from pipeline.sources import coins
 from pipeline.state import SCHEMAS, UTXO, Schema, schema_of_storage_key
-from pipeline.stores.base import META_KEY, PROOF_KEY, ROLE_KEY, Store
-from pipeline.stores.rocksdb import RocksStore
-from pipeline.verify import Proof, decode_proof
+from pipeline.verify import Proof
 
 _MUHASH_BATCH = 4096
+
+
+class Readable(Protocol):
+    """What reads need of a store, or of several."""
+
+    def get(self, storage_keys: list[bytes]) -> list[bytes | None]: ...
+
+    def scan(self, start: bytes = b"", stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
     """A store and the position it stands at."""
 
-    store: RocksStore
+    store: Readable
     meta: Meta
     proof: Proof
     role: str  # as which it was run last; empty: never
-
-    @classmethod
-    def of(cls, store: RocksStore) -> View:
-        data = store.get_meta(META_KEY)
-        if data is None:
-            raise StoreCorrupt("the store has no position", where=str(store.path), way_out="restore it from a snapshot")
-        return cls(
-            store=store,
-            meta=decode_meta(data),
-            proof=decode_proof(store.get_meta(PROOF_KEY)),
-            role=(store.get_meta(ROLE_KEY) or b"").decode(),
-        )
 
 
 def position(meta: Meta, proof: Proof) -> dict[str, Any]:
@@ -75,6 +71,18 @@ def status(meta: Meta, proof: Proof) -> dict[str, Any]:
         "coins": meta.tip.counts.get(UTXO.table_id, 0),
         "tables": {SCHEMAS[table_id].name: count for table_id, count in sorted(meta.tip.counts.items())},
     }
+
+
+def standing(metas: Sequence[Meta], proof: Proof, anchored: Joined | None = None) -> dict[str, Any]:
+    """`status` of all shards that are here. If they are not all, or do not stand at one block, ``anchored`` is what
+    shards said of themselves last; without it, the shard that is furthest behind says where, and there is no root."""
+    lowest = min(metas, key=lambda meta: meta.seq)
+    if len(metas) == lowest.shards and stand_together(metas):
+        return status(join_metas(metas), proof)
+    if anchored is not None:
+        meta = replace(lowest, tip=anchored.tip, walk=anchored.walk, seq=anchored.tip.seq)
+        return status(meta, Proof(proven=False)) | {"position_of": "anchors"}
+    return status(lowest, proof) | {"root": None, "position_of": f"shard {lowest.shard}"}
 
 
 def shard(meta: Meta) -> dict[str, Any]:
@@ -124,7 +132,7 @@ def show(schema: Schema, key: bytes, value: bytes) -> dict[str, Any]:
     return shown
 
 
-def get(store: Store, schema: Schema, texts: list[str]) -> list[dict[str, Any]]:
+def get(store: Readable, schema: Schema, texts: list[str]) -> list[dict[str, Any]]:
     """Point reads, one multi-get. Raises NotFound, naming the first key that is not there."""
     keys = [parse_key(schema, text) for text in texts]
     values = schema.find_all(keys, store.get(schema.storage_keys(keys)))
@@ -136,7 +144,7 @@ def get(store: Store, schema: Schema, texts: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def scan(store: Store, schema: Schema, *, prefix: bytes, after: bytes | None) -> Iterator[tuple[bytes, bytes]]:
+def scan(store: Readable, schema: Schema, *, prefix: bytes, after: bytes | None) -> Iterator[tuple[bytes, bytes]]:
     """(whole key, value) pairs in storage order, of the keys that begin with ``prefix`` (in hashing order), behind
     the key ``after``. The state as it was when the scan began."""
     start, passing = b"", after is None
@@ -160,7 +168,7 @@ def scan(store: Store, schema: Schema, *, prefix: bytes, after: bytes | None) ->
                 yield key, value
 
 
-def muhash(store: Store) -> str:
+def muhash(store: Readable) -> str:
     """MuHash3072 of all coins, as Bitcoin Core prints it. Raises StoreCorrupt, CoinsCorrupt."""
     total, batch = MuHash(), []
     for storage_key, stored in store.scan():

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from topology.node import Node
+from topology.shard_set import ShardSet
 
 
-def make_agent(node: Node) -> Any:
+def make_agent(shard_set: ShardSet) -> Any:
     """The agent's function."""
 
     async def replicator(stream: Any) -> None:
         async for event in stream.events():
+            message = event.message
             try:
-                await node.on_diffs(event.message.offset, event.message.value)
+                await shard_set.nodes[message.partition].on_diffs(message.offset, message.value)
             except Exception as error:
-                node.fail(error)
-            if node.stopping.is_set():
+                shard_set.fail(error)
+            if shard_set.stopping.is_set():
                 await asyncio.Event().wait()  # until the worker takes this task down: nothing more is handled
 
     return replicator

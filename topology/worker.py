@@ -1,7 +1,7 @@
-"""A worker in the foreground: from settings to a node that follows, and back to an exit code.
+"""A worker in the foreground: from settings to nodes that follow, and back to an exit code.
 
 Order of a start: own the directory, find the generation, find (or write) the opening of the diffs topic, fill an empty
-directory from the base manifest, open the store, answer on the control socket, let Faust flow. A stop goes the other
+directory from the base manifest, open the stores, answer on the control socket, let Faust flow. A stop goes the other
 way, and every step of it is safe to be cut off.
 """
 
@@ -16,17 +16,28 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipeline.errors import Diverged, GenerationEnded, NotFound, SettingsConflict, UsageError
-from pipeline.generation import FINALITY_DEFAULT, Opening
+from pipeline.errors import (
+    Diverged,
+    GenerationEnded,
+    LogChanged,
+    NotFound,
+    OffsetOutOfRange,
+    SettingsConflict,
+    UsageError,
+)
+from pipeline.generation import FINALITY_DEFAULT, Generation, Opening
 from pipeline.objects import open_objects
+from pipeline.position import encode_meta
 from pipeline.state import schema_named
-from topology import answers, base_state, logs, reads, renewal, topic_check, topics
+from topology import answers, base_state, log_check, logs, reads, renewal, topic_check, topics, views
 from topology.app import Application
 from topology.archiver import Archiver
 from topology.control import ControlServer
 from topology.data_dir import DataDir
+from topology.ending import Ending
 from topology.node import Node, Role, check_serving
 from topology.settings import Settings
+from topology.shard_set import ShardSet
 from topology.transports.base import Broker
 from topology.transports.factory import open_broker
 from topology.transports.kafka_security import security_of
@@ -49,11 +60,12 @@ class Until:
 
 
 async def run(
-    settings: Settings, role: Role, until: Until, *, on_node: Callable[[Node], Awaitable[None]] | None = None
-) -> Node | None:
-    """Run until `until`, a signal, or a failure, which is raised. None if there was nothing to follow.
+    settings: Settings, role: Role, until: Until, *, on_open: Callable[[ShardSet], Awaitable[None]] | None = None
+) -> dict[str, Any] | None:
+    """Run until `until`, a signal, or a failure, which is raised: where the worker stands then. None if there was
+    nothing to follow.
 
-    ``on_node`` runs beside the worker, once the node is open: progress bars.
+    ``on_open`` runs beside the worker, once its stores are open: progress bars.
     """
     data_dir = DataDir(settings.data_dir)
     stopping = asyncio.Event()
@@ -72,48 +84,88 @@ async def run(
         renewal.settle(data_dir)
         broker = open_broker(settings.broker_url, settings.topic_prefix, security_of(settings))
         try:
+            changed: set[bytes] = set()
             while True:
-                opened = await _find_opening(settings, role, until, broker, data_dir, stopping)
-                if opened is None:
+                openings = await _find_openings(settings, role, until, broker, data_dir, stopping)
+                if openings is None:
                     return None
+                await _fill_from_base(settings, data_dir, openings[0][0].generation)
+                shard_set = ShardSet(
+                    settings=settings,
+                    role=role,
+                    broker=broker,
+                    data_dir=data_dir,
+                    openings=openings,
+                    ending=Ending(stopping),
+                    until_height=until.height,
+                )
                 try:
-                    return await _run_node(settings, role, until, broker, data_dir, opened, stopping, on_node)
+                    await _run(shard_set, until, on_open)
+                    return await answers.standing(shard_set)
                 except GenerationEnded as error:
                     if role is not Role.REPLICA or asked.is_set():
                         raise
                     stopping.clear()
                     objects, history = open_objects(settings.objects_url), await topics.history(broker)
                     await asyncio.to_thread(renewal.renew, objects, data_dir, history, error)
+                except (LogChanged, OffsetOutOfRange) as error:
+                    if asked.is_set() or not await _has_changed(
+                        broker, openings[0][0].generation, role, data_dir, changed
+                    ):
+                        raise
+                    log.warning("log_changed", error=error.name, message=str(error))
+                    stopping.clear()
         finally:
             await broker.close()
 
 
-async def _find_opening(
+async def _has_changed(
+    broker: Broker, generation: Generation, role: Role, data_dir: DataDir, known: set[bytes]
+) -> bool:
+    """Whether a log is not the one that a store here followed, so that beginning again takes something back; once for
+    each position, which goes to ``known``."""
+    has_changed = False
+    for found in data_dir.shard_dirs:
+        meta = renewal.held_meta(found.store_path)
+        if meta is None or encode_meta(meta) in known:
+            continue
+        known.add(encode_meta(meta))
+        marks = [(generation.diffs_topic, meta.diffs)]
+        if role is Role.PRIMARY:
+            marks.append((generation.events_topic, meta.blocks))
+        for topic, mark in marks:
+            has_changed |= not await log_check.holds(broker, topic, meta.shard, mark)
+    return has_changed
+
+
+async def _find_openings(
     settings: Settings, role: Role, until: Until, broker: Broker, data_dir: DataDir, stopping: asyncio.Event
-) -> tuple[Opening, bytes] | None:
-    """Wait for the generation and the opening of its diffs topic; None if told to stop before, or if idle."""
+) -> list[tuple[Opening, bytes]] | None:
+    """Wait for the generation and the openings of its diffs; None if told to stop before, or if idle."""
     generation = await _wait(lambda: topics.current_generation(broker), until, stopping)
     if generation is None:
         return None
     topics.check_chain(settings.chain, generation.chain_id, settings.broker_url)
     await topics.ensure_topics(broker, generation)
     await topic_check.check(broker, generation, settings.topic_prefix)
-    found: tuple[Opening, bytes] | None
+    found: list[tuple[Opening, bytes]] | None
     try:
         if role is Role.PRIMARY:
             asked = FINALITY_DEFAULT if settings.finality is None else settings.finality
-            found = await topics.ensure_opening(broker, generation, asked)
+            found = await topics.ensure_openings(broker, generation, asked)
         else:
-            found = await _wait(lambda: topics.opening(broker, generation), until, stopping)
+            found = await _wait(lambda: topics.openings(broker, generation), until, stopping)
     except NotFound:
-        meta = renewal.held_meta(data_dir.store_path)
-        if meta is None:
+        metas = [renewal.held_meta(one.store_path) for one in data_dir.shard_dirs]
+        if len(metas) != generation.shards or None in metas:
             raise
-        # Records were deleted: what the opening said is in the store, and in `generations`.
-        found = Opening(generation=generation, finality=meta.finality), b""
-    if found is not None and settings.finality not in (None, found[0].finality):
+        # Records were deleted: what the openings said is in the stores, and in `generations`.
+        found = [
+            (Opening(generation=generation, finality=meta.finality, shard=meta.shard), b"") for meta in metas if meta
+        ]
+    if found is not None and settings.finality not in (None, found[0][0].finality):
         raise SettingsConflict(
-            f"finality {settings.finality} was asked for, the generation has {found[0].finality}",
+            f"finality {settings.finality} was asked for, the generation has {found[0][0].finality}",
             way_out="leave --finality out, or start a new generation",
         )
     return found
@@ -128,73 +180,56 @@ async def _wait(look: Callable[[], Awaitable[Found | None]], until: Until, stopp
     return found
 
 
-async def _run_node(
-    settings: Settings,
-    role: Role,
-    until: Until,
-    broker: Broker,
-    data_dir: DataDir,
-    opened: tuple[Opening, bytes],
-    stopping: asyncio.Event,
-    on_node: Callable[[Node], Awaitable[None]] | None,
-) -> Node:
-    opening, record = opened
-    if not data_dir.has_store and opening.generation.base_manifest:
+async def _fill_from_base(settings: Settings, data_dir: DataDir, generation: Generation) -> None:
+    if not data_dir.has_store and generation.base_manifest:
         objects = open_objects(settings.objects_url)
-        await asyncio.to_thread(base_state.fill, objects, data_dir.path, opening.generation)
-    node = Node(
-        settings=settings,
-        role=role,
-        broker=broker,
-        data_dir=data_dir,
-        opening=opening,
-        opening_record=record,
-        until_height=until.height,
-    )
-    node.adopt_stop(stopping)
-    application = Application(node)
+        await asyncio.to_thread(base_state.fill, objects, data_dir.path, generation)
+
+
+async def _run(shard_set: ShardSet, until: Until, on_open: Callable[[ShardSet], Awaitable[None]] | None) -> None:
+    data_dir = shard_set.data_dir
+    application = Application(shard_set)
     tasks: list[asyncio.Task[None]] = []
-    control = ControlServer(data_dir.socket_path, lambda request: _answer(node, request))
+    control = ControlServer(data_dir.socket_path, lambda request: _answer(shard_set, request))
     try:
-        node.open(application.produce)
+        shard_set.open(application.produce, application.split)
         await control.start()
-        jobs = [_watch(node, until), _prove(node)]
-        if role is Role.PRIMARY:
-            jobs.append(_archive(node))
-        if on_node is not None:
-            jobs.append(on_node(node))  # type: ignore[arg-type]
-        tasks = [asyncio.create_task(_guard(node, job)) for job in jobs]
+        jobs: list[Awaitable[None]] = [_watch(shard_set, until), *map(_prove, shard_set.nodes)]
+        if shard_set.role is Role.PRIMARY:
+            jobs += map(_archive, shard_set.nodes)
+        if shard_set.anchoring is not None:
+            jobs.append(shard_set.anchoring.run())
+        if on_open is not None:
+            jobs.append(on_open(shard_set))
+        tasks = [asyncio.create_task(_guard(shard_set, job)) for job in jobs]
         await application.run()
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await control.close()
-        node.close()
-    if node.failure is not None:
-        raise node.failure
-    return node
+        shard_set.close()
+    if shard_set.ending.failure is not None:
+        raise shard_set.ending.failure
+    if shard_set.anchoring is not None:
+        await shard_set.anchoring.flush()
 
 
-async def _guard(node: Node, job: Awaitable[None]) -> None:
+async def _guard(shard_set: ShardSet, job: Awaitable[None]) -> None:
     try:
         await job
     except Exception as error:
-        node.fail(error)
+        shard_set.fail(error)
 
 
-async def _watch(node: Node, until: Until) -> None:
+async def _watch(shard_set: ShardSet, until: Until) -> None:
     """End the worker when it got where it was to go."""
-    while not node.stopping.is_set():
+    while not shard_set.stopping.is_set():
         await asyncio.sleep(0.05)
-        if node.has_arrived:
-            node.stop()
-        refused = None if node.lead is None else node.lead.refused
-        if refused is not None and until != Until() and node.has_consumed_all:
-            node.fail(refused)  # without an end to reach it waits for a source that mends
-        quiet_s = time.monotonic() - node.last_progress_s
-        if until.idle and node.has_consumed_all and quiet_s >= IDLE_S and not node.archive_is_due:
-            node.stop()
+        if until != Until() and (refused := shard_set.refused) is not None:
+            shard_set.fail(refused)  # without an end to reach it waits for a source that mends
+        if shard_set.has_arrived or (until.idle and await shard_set.is_idle(IDLE_S, time.monotonic())):
+            shard_set.stopping.set()
 
 
 async def _prove(node: Node) -> None:
@@ -220,31 +255,44 @@ async def _archive(node: Node) -> None:
         await asyncio.sleep(0)  # frames and reads go in between
 
 
-async def _answer(node: Node, request: dict[str, Any]) -> Any:
+async def _answer(shard_set: ShardSet, request: dict[str, Any]) -> Any:
     """One request on the control socket."""
-    match request["what"]:
+    what = request["what"]
+    match what:
         case "alive":
-            return {"role": node.role.value}
+            return {"role": shard_set.role.value}
         case "status":
-            return await answers.status(node)
+            return await answers.status(shard_set)
         case "get":
-            check_serving(node.proof, request.get("serve") or node.settings.serve)
-            found = reads.get(node.store, schema_named(request["table"]), request["keys"])
-            return {"position": reads.position(node.committed_meta, node.proof), "found": found}
+            return _get(shard_set, request)
         case "copy":
-            path = node.data_dir.copies_path / secrets.token_hex(4)
-            path.parent.mkdir(exist_ok=True)
-            node.store.checkpoint(path)
-            return {"path": str(path), "role": node.role.value}
+            paths = []
+            for node in shard_set.nodes:
+                path = node.data_dir.copies_path / secrets.token_hex(4)
+                path.parent.mkdir(exist_ok=True)
+                node.store.checkpoint(path)
+                paths.append(str(path))
+            return {"paths": paths, "role": shard_set.role.value}
         case "snapshot":
+            node = answers.only(shard_set.nodes, "a snapshot")
             while node.archive_once(flush=True):
                 await asyncio.sleep(0)
             return await answers.snapshot(node.store, node.data_dir, node.settings.objects_url, request["height"])
         case "verify":
             try:
-                return await answers.verify(node.store, node.data_dir)
+                return await answers.verify([(node.store, node.data_dir) for node in shard_set.nodes])
             except Diverged as error:
-                node.fail(error)
+                shard_set.fail(error)
                 raise
-        case what:
+        case _:
             raise UsageError(f"a worker does not answer {what!r}")
+
+
+def _get(shard_set: ShardSet, request: dict[str, Any]) -> Any:
+    """Point reads at one position; None if the stores do not stand at one: a copy is asked for then."""
+    check_serving(shard_set.proof, request.get("serve") or shard_set.settings.serve)
+    if not shard_set.stands_together:
+        return None
+    store = views.union([node.store for node in shard_set.nodes])
+    found = reads.get(store, schema_named(request["table"]), request["keys"])
+    return {"position": reads.position(shard_set.meta, shard_set.proof), "found": found}

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import json
-import shutil
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -16,8 +15,9 @@ import click
 from rich.console import Console
 
 from pipeline.errors import NotFound
+from pipeline.shards import stand_together
 from pipeline.stores.rocksdb import RocksStore
-from topology import control, logs, settings, topics
+from topology import control, logs, settings, topics, views
 from topology.data_dir import DataDir
 from topology.reads import View
 from topology.settings import Settings
@@ -104,42 +104,58 @@ def ask_broker(given: Settings, work: Callable[[Broker], Awaitable[Answer]]) -> 
 
 @contextlib.contextmanager
 def opened_view(given: Settings) -> Iterator[View]:
-    """The data directory's store to read from: a worker's copy of it, or the store itself. Raises NotFound,
-    Quarantined, WrongChain."""
+    """The data directory's state to read from, at one position. Raises NotFound, Quarantined, WrongChain."""
+    with opened_views(given) as views_:
+        yield views.join(views_)
+
+
+@contextlib.contextmanager
+def opened_views(given: Settings) -> Iterator[list[View]]:
+    """The stores of the data directory, one a shard, at one position if they can be brought there: a worker's copies of
+    them, or the stores themselves."""
     data_dir = DataDir(given.data_dir)
-    copy = ask_worker(given, {"what": "copy"})
-    if copy is None and not data_dir.has_store:
+    answer = ask_worker(given, {"what": "copy"})
+    if answer is not None:
+        copies = list(map(Path, answer["paths"]))
+    elif not data_dir.has_store:
         raise NotFound(
             "there is no store in this data directory",
             where=str(data_dir.path),
             way_out="`stateferry run` follows a chain into it, `stateferry restore` fills it from a snapshot",
         )
-    if copy is None:
+    else:
         data_dir.check_quarantine()
-    path = data_dir.store_path if copy is None else Path(copy["path"])
+        copies = _copies_if_apart(data_dir)
     try:
-        store = RocksStore(path, read_only=True)
-        try:
-            view = View.of(store)
-            topics.check_chain(given.chain, view.meta.chain_id, str(data_dir.path))
-            yield view
-        finally:
-            store.close()
+        views.bring_together(copies)
+        paths = copies or [found.store_path for found in data_dir.shard_dirs]
+        with views.opened(paths) as found:
+            topics.check_chain(given.chain, found[0].meta.chain_id, str(data_dir.path))
+            yield found
     finally:
-        if copy is not None:
-            shutil.rmtree(path, ignore_errors=True)
+        views.remove(copies)
+
+
+def _copies_if_apart(data_dir: DataDir) -> list[Path]:
+    """Copies of stores that do not stand together; none if they do, and may be read as they are."""
+    if stand_together(views.metas_of([found.store_path for found in data_dir.shard_dirs])):
+        return []
+    with data_dir:
+        return views.copy_closed(data_dir)
 
 
 @contextlib.contextmanager
-def owned_store(given: Settings) -> Iterator[tuple[DataDir, RocksStore]]:
-    """The data directory's store to work on, while no worker has it. Raises Locked, NotFound, Quarantined."""
-    with DataDir(given.data_dir) as data_dir:
-        store = data_dir.open_store()
-        try:
-            topics.check_chain(given.chain, View.of(store).meta.chain_id, str(data_dir.path))
-            yield data_dir, store
-        finally:
-            store.close()
+def owned_stores(given: Settings) -> Iterator[tuple[DataDir, list[tuple[RocksStore, DataDir]]]]:
+    """The data directory and its stores, one a shard, to work on while no worker has them. Raises Locked, NotFound,
+    Quarantined."""
+    with DataDir(given.data_dir) as data_dir, contextlib.ExitStack() as stack:
+        stores = []
+        for found in data_dir.shard_dirs or [data_dir]:
+            store = found.open_store()
+            stack.callback(store.close)
+            topics.check_chain(given.chain, views.view_of(store).meta.chain_id, str(data_dir.path))
+            stores.append((store, found))
+        yield data_dir, stores
 
 
 def is_terminal() -> bool:

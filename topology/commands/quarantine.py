@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from contextlib import ExitStack
 
 import click
 
@@ -50,6 +51,7 @@ def _restore(settings: Settings, data_dir: DataDir) -> dict[str, object]:
     """The new state first; the old store is set aside, and kept, before it takes its place."""
     aside = data_dir.path / _LEFT / f"store-{len(list((data_dir.path / _LEFT).glob('store-*')))}"
     aside.parent.mkdir(exist_ok=True)
+    answers.only(data_dir.shard_dirs or [data_dir], "a restore")
     if data_dir.has_store:
         shutil.move(data_dir.store_path, aside)
     restored = restorer.restore(open_objects(settings.objects_url), data_dir.path, chain=settings.chain or None)
@@ -57,8 +59,10 @@ def _restore(settings: Settings, data_dir: DataDir) -> dict[str, object]:
 
 
 def _recheck(data_dir: DataDir) -> dict[str, object]:
-    store = RocksStore(data_dir.store_path)
-    try:
-        return {"recheck": asyncio.run(answers.verify(store, data_dir))}
-    finally:
-        store.close()
+    with ExitStack() as stack:
+        stores = []
+        for found in data_dir.shard_dirs:
+            store = RocksStore(found.store_path)
+            stack.callback(store.close)
+            stores.append((store, found))
+        return {"recheck": asyncio.run(answers.verify(stores))}

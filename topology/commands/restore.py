@@ -8,7 +8,7 @@ import click
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.objects import open_objects
-from topology import reads, restorer
+from topology import reads, restorer, views
 from topology.commands.common import common_options, console, emit, is_terminal, rows
 from topology.data_dir import DataDir
 from topology.settings import Settings
@@ -49,7 +49,7 @@ def restore(settings: Settings, height: int | None, claimed: bool, as_json: bool
         )
         store = data_dir.open_store()
         try:
-            view = reads.View.of(store)
+            view = views.view_of(store)
             document = reads.status(view.meta, view.proof) | {"seconds": round(time.monotonic() - started_s, 3)}
         finally:
             store.close()

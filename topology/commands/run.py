@@ -8,10 +8,11 @@ import time
 import click
 from rich.progress import BarColumn, Progress, TextColumn
 
-from topology import reads, worker
+from topology import worker
 from topology.commands.common import common_options, console, emit, is_terminal, rows, serve_option
-from topology.node import Node, Role
+from topology.node import Role
 from topology.settings import Settings
+from topology.shard_set import ShardSet
 from topology.worker import Until
 
 
@@ -26,15 +27,15 @@ def run(settings: Settings, role: str, until_height: int | None, until_idle: boo
     """Follow a chain: as the primary, which applies blocks and publishes diffs, or as a replica of it."""
     until = Until(height=until_height, idle=until_idle)
     watch = _progress if is_terminal() else None
-    node = asyncio.run(worker.run(settings, Role(role), until, on_node=watch))
-    if node is None:
+    found = asyncio.run(worker.run(settings, Role(role), until, on_open=watch))
+    if found is None:
         emit({"followed": False, "why": "nothing was published"}, as_json=as_json, text=lambda: "nothing to follow")
         return
-    document = reads.status(node.committed_meta, node.proof) | {"role": role, "void_records": dict(node.voids)}
+    document = found | {"role": role}
     emit(document, as_json=as_json, text=lambda: rows(document))
 
 
-async def _progress(node: Node) -> None:
+async def _progress(shard_set: ShardSet) -> None:
     """Height, rate, lag and ETA, while the worker runs."""
     with Progress(
         TextColumn("{task.description}"),
@@ -44,8 +45,8 @@ async def _progress(node: Node) -> None:
         console=console,
         transient=True,
     ) as progress:
-        meter = Meter(node)
-        task = progress.add_task(node.role.value, height=-1, rate=0.0, lag=0, eta="-")
+        meter = Meter(shard_set)
+        task = progress.add_task(shard_set.role.value, height=-1, rate=0.0, lag=0, eta="-")
         while True:
             await asyncio.sleep(0.2)
             meter.tick()
@@ -53,7 +54,7 @@ async def _progress(node: Node) -> None:
                 task,
                 total=max(meter.end, 1),
                 completed=meter.done,
-                height=node.committed_height,
+                height=min(node.committed_height for node in shard_set.nodes),
                 rate=meter.changes_per_s,
                 lag=max(meter.end - meter.done, 0),
                 eta=meter.eta,
@@ -61,26 +62,28 @@ async def _progress(node: Node) -> None:
 
 
 class Meter:
-    """Counts what a node commits."""
+    """Counts what a worker commits."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    def __init__(self, shard_set: ShardSet) -> None:
+        self._nodes = shard_set.nodes
         self._changes = 0
         self._since_s = time.monotonic()
         self._first_done: int | None = None
         self.changes_per_s = 0.0
-        node.on_commit.append(lambda steps: self._count(sum(step.header.op_count for step in steps)))
+        for node in shard_set.nodes:
+            node.on_commit.append(lambda steps: self._count(sum(step.header.op_count for step in steps)))
 
     def _count(self, changes: int) -> None:
         self._changes += changes
 
     @property
     def done(self) -> int:
-        return self._node.next_diffs if self._node.lead is None else self._node.lead.next_blocks
+        return sum(node.next_diffs if node.lead is None else node.lead.next_blocks for node in self._nodes)
 
     @property
     def end(self) -> int:
-        return max(self._node.ends.blocks if self._node.role is Role.PRIMARY else self._node.ends.diffs, self.done)
+        ends = [node.ends.blocks if node.role is Role.PRIMARY else node.ends.diffs for node in self._nodes]
+        return max(sum(ends), self.done)
 
     def tick(self) -> None:
         elapsed_s = time.monotonic() - self._since_s

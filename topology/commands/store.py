@@ -14,6 +14,7 @@ from pipeline.objects import open_objects
 from pipeline.position import Meta
 from pipeline.snapshot import parse_manifest_name
 from pipeline.state import UTXO, schema_named
+from pipeline.verify import Proof
 from topology import answers, lag, reads
 from topology.commands.common import (
     ask_broker,
@@ -21,7 +22,8 @@ from topology.commands.common import (
     common_options,
     emit,
     opened_view,
-    owned_store,
+    opened_views,
+    owned_stores,
     rows,
     serve_option,
 )
@@ -43,10 +45,11 @@ def status(settings: Settings, as_json: bool) -> None:
     """
     document = ask_worker(settings, {"what": "status"}, timeout_s=_STATUS_S)
     if document is None:
-        with opened_view(settings) as view:
-            meta, role = view.meta, view.role
-            document = reads.status(meta, view.proof) | {"running": False, "role": role or None}
-        document["shards"] = [reads.shard(meta) | {"owner": None} | _behind(settings, meta, role)]
+        with opened_views(settings) as views:
+            metas, role = [view.meta for view in views], views[0].role
+            proof = views[0].proof if len(views) == 1 else Proof(proven=all(view.proof.proven for view in views))
+        document = reads.standing(metas, proof) | {"running": False, "role": role or None}
+        document["shards"] = [reads.shard(meta) | {"owner": None} | _behind(settings, meta, role) for meta in metas]
     document["snapshots"] = _snapshots(settings, document["chain"])
     emit(document, as_json=as_json, text=lambda: _status_text(document))
 
@@ -55,10 +58,12 @@ def _behind(settings: Settings, meta: Meta, role: str) -> dict[str, Any]:
     """How far a store that no worker has is behind a broker that can be reached."""
     if not settings.broker and not log_path(settings.broker_url).exists():
         return {"lag": None, "lag_unknown": "no broker is named", "topics": {}}
-    found = Generation(generation=meta.generation, chain_id=meta.chain_id, number=meta.generation_number)
-    stands = {"diffs": lag.diffs_stand(meta, found.diffs_topic, 0)}
+    found = Generation(
+        generation=meta.generation, chain_id=meta.chain_id, number=meta.generation_number, shards=meta.shards
+    )
+    stands = {"diffs": lag.diffs_stand(meta, found.diffs_topic, meta.shard)}
     if role == Role.PRIMARY.value:
-        stands["blocks"] = lag.blocks_stand(meta, found.blocks_topic, 0)
+        stands["blocks"] = lag.blocks_stand(meta, found.events_topic, meta.shard)
     return ask_broker(settings, lambda broker: answers.behind(broker, stands, settings.topic_prefix))
 
 
@@ -170,8 +175,8 @@ def verify(settings: Settings, level: str, as_json: bool) -> None:
     """Recompute vectors and root from the store's content. A claimed state that verifies is proven from then on."""
     document = ask_worker(settings, {"what": "verify"})
     if document is None:
-        with owned_store(settings) as (data_dir, store):
-            document = asyncio.run(answers.verify(store, data_dir))
+        with owned_stores(settings) as (_, stores):
+            document = asyncio.run(answers.verify(stores))
     document["level"] = level
     emit(document, as_json=as_json, text=lambda: rows(document))
 
@@ -183,7 +188,8 @@ def snapshot(settings: Settings, height: int | None, as_json: bool) -> None:
     """Publish the state at a final height; the primary's open archive segment goes out first."""
     document = ask_worker(settings, {"what": "snapshot", "height": height})
     if document is None:
-        with owned_store(settings) as (data_dir, store):
+        with owned_stores(settings) as (data_dir, stores):
+            store, _ = answers.only(stores, "a snapshot")
             answers.flush_archive(store, settings.objects_url)
             document = asyncio.run(answers.snapshot(store, data_dir, settings.objects_url, height))
     emit(document, as_json=as_json, text=lambda: rows(document))

@@ -1,0 +1,204 @@
+"""The shards of one worker: a node for each that the generation has, whether this worker owns it or not.
+
+A replica owns all of them and keeps them together: it writes a frame once every shard has it, so that its stores stand
+at one position. A primary owns what its group gives it, and each of its shards goes its own way. A shard that comes to
+a worker anew is followed from the start of its frames, or from where the worker's store stands, until it has caught up:
+then it is claimed. The other shards go on meanwhile.
+
+With one shard all of this is one node, owned for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from pipeline.errors import NotFound, StateferryError
+from pipeline.generation import Generation, Opening
+from pipeline.position import Meta
+from pipeline.replica import Step
+from pipeline.shards import join_metas, stand_together
+from pipeline.verify import Proof
+from topology import logs
+from topology.anchors import Anchoring
+from topology.data_dir import DataDir
+from topology.ending import Ending
+from topology.lead import Produce, State
+from topology.node import Node, Role
+from topology.settings import Settings
+from topology.splitter import ProduceTo, Splitting
+from topology.transports.base import Broker
+
+log = logs.get()
+
+
+class ShardSet:
+    """All nodes of one worker.
+
+    * `nodes` has one for each shard, by its number; which of them are owned changes with every assignment.
+    * `splitting` and `anchoring` are there for a primary of several shards, and only then.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        role: Role,
+        broker: Broker,
+        data_dir: DataDir,
+        openings: list[tuple[Opening, bytes]],
+        ending: Ending,
+        until_height: int | None = None,
+    ) -> None:
+        self.settings = settings
+        self.role = role
+        self.broker = broker
+        self.data_dir = data_dir
+        self.ending = ending
+        self.generation: Generation = openings[0][0].generation
+        self.splitting: Splitting | None = None
+        self.anchoring: Anchoring | None = None
+        self.nodes = [
+            Node(
+                settings=settings,
+                role=role,
+                broker=broker,
+                data_dir=data_dir.shard(opening.shard, self.generation.shards),
+                opening=opening,
+                opening_record=record,
+                ending=ending,
+                until_height=until_height,
+            )
+            for opening, record in openings
+        ]
+        if self.shards > 1 and role is Role.REPLICA:
+            for node in self.nodes:
+                node.kept_together = self.nodes
+        if self.shards > 1 and role is Role.PRIMARY:
+            self.anchoring = Anchoring(broker, self.generation)
+
+    @property
+    def shards(self) -> int:
+        return self.generation.shards
+
+    @property
+    def owned(self) -> list[Node]:
+        return [node for node in self.nodes if node.is_owned]
+
+    def open(self, produce: Callable[[int], Produce], split: ProduceTo) -> None:
+        """Open every store. ``produce``: for a shard's frames. ``split``: for what the splitter writes. Raises what
+        `Node.open` raises; what was opened then is to be closed."""
+        for node in self.nodes:
+            node.open(produce(node.shard))
+        if self.anchoring is not None:
+            self.splitting = Splitting(broker=self.broker, generation=self.generation, produce=split)
+            for node in self.nodes:
+                node.on_commit.append(self._anchor(node, self.anchoring))
+
+    def _anchor(self, node: Node, anchoring: Anchoring) -> Callable[[list[Step]], None]:
+        def say(steps: list[Step]) -> None:
+            if node.state is State.LEADING:
+                anchoring.committed(node.shard, steps)
+
+        return say
+
+    def close(self) -> None:
+        for node in self.nodes:
+            node.close()
+
+    # Starting to follow
+
+    async def start(self, owned: Iterable[int]) -> dict[tuple[str, int], int]:
+        """Take these shards up and lay the others down: by topic and partition, where to read. After every assignment.
+
+        It is short: stores are compared with the logs, and nothing is restored.
+        """
+        mine = set(owned)
+        for node in self.nodes:
+            if node.shard not in mine:
+                node.rest()
+        nodes = [node for node in self.nodes if node.shard in mine]
+        offsets = await asyncio.gather(*(node.start() for node in nodes))
+        if self.shards > 1:
+            log.info("shards_owned", shards=sorted(mine), of=self.shards)
+        if self.anchoring is not None:
+            for node in nodes:
+                self.anchoring.stands(node.committed_meta)
+        return {
+            (topic, node.shard): offset
+            for node, by_topic in zip(nodes, offsets, strict=True)
+            for topic, offset in by_topic.items()
+        }
+
+    async def claim(self) -> None:
+        """Claim every shard that has caught up."""
+        await asyncio.gather(*(node.claim_if_caught_up() for node in self.owned))
+
+    # Ending
+
+    @property
+    def stopping(self) -> asyncio.Event:
+        return self.ending.stopping
+
+    def fail(self, error: BaseException) -> None:
+        self.ending.fail(error)
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether every shard that is here is at the height at which the worker was to end."""
+        owned = self.owned
+        return bool(owned) and all(node.has_arrived for node in owned)
+
+    @property
+    def refused(self) -> StateferryError | None:
+        """Why a shard takes no event in, though it has read all there was."""
+        for node in self.owned:
+            if node.lead is not None and node.lead.refused is not None and node.has_consumed_all:
+                return node.lead.refused
+        return None
+
+    async def is_idle(self, quiet_s: float, now_s: float) -> bool:
+        """Whether everything there was is consumed, and nothing came for a while."""
+        owned = self.owned
+        if not owned or not all(node.has_consumed_all for node in owned):
+            return False
+        if any(now_s - node.last_progress_s < quiet_s or node.archive_is_due for node in owned):
+            return False
+        if self.shards == 1:
+            return True
+        # What the splitter and the primaries of other workers wrote meanwhile counts too.
+        for node in owned:
+            await node.look_at_ends()
+        if not all(node.has_consumed_all for node in owned):
+            return False
+        if self.splitting is None or not self.splitting.is_running:
+            return self.role is Role.REPLICA or len(owned) < self.shards
+        _, end = await self.broker.bounds(self.generation.blocks_topic, 0)
+        return self.splitting.next_blocks >= end
+
+    # Being asked
+
+    @property
+    def stands_together(self) -> bool:
+        """Whether the stores have one position."""
+        return stand_together([node.committed_meta for node in self.nodes])
+
+    @property
+    def meta(self) -> Meta:
+        """The position of all shards. Raises NotFound if they have none together."""
+        self._check_all_here()
+        return join_metas([node.committed_meta for node in self.nodes])
+
+    def _check_all_here(self) -> None:
+        if len(self.owned) < self.shards and not self.ending.stopping.is_set():
+            owned = ", ".join(str(node.shard) for node in self.owned) or "none"
+            raise NotFound(
+                f"this worker has shards {owned} of {self.shards}, and not all",
+                way_out="ask a replica, which holds all of them",
+            )
+
+    @property
+    def proof(self) -> Proof:
+        """Of the whole state: proven if every shard's is."""
+        proofs = [node.proof for node in self.nodes]
+        return proofs[0] if len(proofs) == 1 else Proof(proven=all(proof.proven for proof in proofs))
