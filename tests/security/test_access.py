@@ -18,7 +18,7 @@ from pipeline.errors import (
 from tests.kafka.secured import Secured
 from tests.security.users import coming_as, site_on
 from topology.settings import Settings
-from topology.transports.kafka_access import check_access
+from topology.transports.kafka_access import LOGIN_TIMEOUT_S, check_access
 from topology.transports.kafka_address import addresses
 from topology.transports.kafka_broker import KafkaBroker
 from topology.transports.kafka_security import security_of
@@ -88,6 +88,16 @@ async def test_one_of_several(secured: Secured) -> None:
 
     with pytest.raises(LoginRefused):
         await check_access([*refusing, *good], wrong)
+
+
+async def test_a_silent_one_holds_nobody_up(secured: Secured) -> None:
+    """One that takes the connection and says nothing is not waited for while another one answers."""
+    silent = await asyncio.start_server(lambda *_: asyncio.sleep(60), "127.0.0.1", 0)
+    brokers = addresses(f"kafka://127.0.0.1:{silent.sockets[0].getsockname()[1]}")
+    settings = settings_of(secured, "SSL", {})
+    async with asyncio.timeout(LOGIN_TIMEOUT_S):
+        await check_access([*brokers, *addresses(settings.broker)], security_of(settings))
+    silent.close()
 
 
 async def test_named_by_another(secured: Secured) -> None:

@@ -17,7 +17,13 @@ from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 from aiokafka import TopicPartition
-from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError, TopicAuthorizationFailedError
+from aiokafka.errors import (
+    GroupAuthorizationFailedError,
+    KafkaError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+    TopicAuthorizationFailedError,
+)
 from aiokafka.partitioner import DefaultPartitioner
 from aiokafka.protocol.admin import DescribeGroupsRequest
 from faust.transport.drivers import aiokafka as driver
@@ -34,6 +40,8 @@ from topology.transports.kafka_topics import Admin
 
 FETCH_WAIT_MS: Final = 50
 """Fifty fetches cost a quiet worker nothing; Faust's 1.5 s would be the lag of a partition that shares its broker."""
+GROUP_TIMEOUT_S: Final = 5.0
+"""Of looking whether the group may be joined."""
 _CREATE_TIME: Final = 0  # Kafka's number for a timestamp set by the producer
 
 
@@ -102,13 +110,15 @@ class Consumer(StoredOffsets, driver.Consumer):  # type: ignore[misc]
         return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
 
     async def on_start(self) -> None:
-        """Look whether the group may be joined, then start. Raises ``NotAuthorized``, ``BrokerUnavailable``."""
+        """Look whether the group may be joined, then start. Raises ``NotAuthorized``."""
         group = self.app.conf.id
         try:
             await self.transport.check_group(group)
-        except KafkaError as error:
+        except GroupAuthorizationFailedError as error:
             needs = f"READ on group {group}"
             raise await self.transport.why_failed(error, "joining the group", needs=needs) from error
+        except (KafkaError, OSError):  # a broker that is away; the consumer tries again by itself
+            pass
         await super().on_start()
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, ConsumerMessage]]:  # noqa: ASYNC109
@@ -219,7 +229,8 @@ class Transport(driver.Transport):  # type: ignore[misc]
     async def check_group(self, group: str) -> None:
         """See ``Admin.check_group``."""
         servers = list(map(str, self.brokers))
-        admin = Admin(bootstrap_servers=servers, **self.security.client_settings)
+        timeout_ms = int(GROUP_TIMEOUT_S * 1000)
+        admin = Admin(bootstrap_servers=servers, request_timeout_ms=timeout_ms, **self.security.client_settings)
         try:
             await admin.start()
             await admin.check_group(group)

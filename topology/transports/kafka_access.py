@@ -72,16 +72,26 @@ async def check_access(
     ``all_named``: also look at the brokers that this one names, all of which have to answer. Raises
     ``BrokerUnavailable``, ``WrongListener``, ``BrokerUntrusted``, ``LoginRefused``.
     """
+    # All at once: one that takes connections and never answers must not hold us up while another one would.
+    walks = [asyncio.ensure_future(_walk(broker, security, timeout_s)) for broker in brokers]
     failures: list[StateferryError] = []
-    for broker in brokers:
-        try:
-            named = await _walk(broker, security, timeout_s)
-        except (BrokerUnavailable, AccessDenied) as failure:
-            failures.append(failure)
-            continue
-        for other in set(named) - set(brokers) if all_named else ():
-            await _check_named(other, broker, security, timeout_s)
-        return
+    try:
+        await _first_done(walks)
+        for broker, walk in zip(brokers, walks, strict=True):
+            if not walk.done():
+                continue
+            try:
+                named = walk.result()
+            except (BrokerUnavailable, AccessDenied) as failure:
+                failures.append(failure)
+                continue
+            for other in set(named) - set(brokers) if all_named else ():
+                await _check_named(other, broker, security, timeout_s)
+            return
+    finally:
+        for walk in walks:
+            walk.cancel()
+        await asyncio.gather(*walks, return_exceptions=True)
     worst = next((failure for failure in failures if isinstance(failure, AccessDenied)), None)
     if worst is not None:
         raise worst
@@ -90,6 +100,15 @@ async def check_access(
         where="; ".join(failure.what for failure in failures),
         way_out=next((failure.way_out for failure in failures if failure.way_out), _START),
     )
+
+
+async def _first_done(walks: Sequence[asyncio.Future[list[Address]]]) -> None:
+    """Until one of them got there, or all have failed."""
+    waiting = set(walks)
+    while waiting:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if any(walk.exception() is None for walk in done):
+            return
 
 
 async def _check_named(other: Address, by: Address, security: Security, timeout_s: float) -> None:
