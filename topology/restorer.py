@@ -111,13 +111,16 @@ def plan_restore(
     """
     manifests: list[ManifestName] = []
     segments: list[SegmentObject] = []
+    sharded: set[bytes] = set()
     for info in objects.list("" if chain is None else f"{chain}/"):
         manifest, segment = parse_manifest_name(info.name), parse_segment_name(info.name)
         if generation is not None and generation not in {name.generation for name in (manifest, segment) if name}:
             continue
         if manifest is not None:
             manifests.append(manifest)
-        elif segment is not None and segment.shard == 0:
+        elif segment is not None and segment.shard > 0:
+            sharded.add(segment.generation)
+        elif segment is not None:
             segments.append(SegmentObject(segment, info.size_bytes))
     chains = {name.chain_id for name in manifests} | {segment.name.chain_id for segment in segments}
     if len(chains) > 1:
@@ -125,7 +128,13 @@ def plan_restore(
             f"the object store holds several chains: {', '.join(sorted(chains))}", way_out="say which one: --chain"
         )
     read = [read_manifest(objects, str(name)) for name in newest_names(manifests, height)]
-    return plan(read, segments, height)
+    planned = plan(read, segments, height)
+    if planned.generation in sharded:
+        raise UsageError(
+            f"generation {planned.generation.hex()} has several shards: a restore of all of them cannot be made yet",
+            way_out="run a replica: it follows the frames of all shards from their start",
+        )
+    return planned
 
 
 def read_manifest(objects: ObjectStore, name: str) -> Manifest:
