@@ -33,7 +33,7 @@ ROLES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
         GENERATIONS_TOPIC: ("DESCRIBE_CONFIGS", "READ"),
         "blocks": ("DESCRIBE_CONFIGS", "READ"),
         "diffs": ("DESCRIBE_CONFIGS", "READ", "WRITE"),
-        "shard-blocks": ("DESCRIBE_CONFIGS", "READ"),
+        "shard-blocks": ("DESCRIBE_CONFIGS", "READ", "WRITE"),
         "anchors": ("DESCRIBE_CONFIGS", "READ", "WRITE"),
     },
     "replica": {
