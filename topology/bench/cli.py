@@ -8,12 +8,14 @@ from typing import Any
 
 import click
 
+from pipeline.shards import SHARDS_MAX
 from topology.bench import apply as apply_bench
 from topology.bench import backlog as backlog_bench
 from topology.bench import loads, report
 from topology.bench import pipeline as pipeline_bench
 from topology.bench import reads as reads_bench
 from topology.bench import restore as restore_bench
+from topology.bench import shards as shards_bench
 from topology.bench import wire as wire_bench
 
 
@@ -106,15 +108,30 @@ def reads(keys: int | None, lookups: int | None, quick: bool, as_json: bool) -> 
 @click.option("--blocks", type=click.IntRange(10), help="Blocks of each row.", show_default="200")
 @click.option("--changes", "sizes", type=click.IntRange(2), multiple=True, help="Changes a block.", show_default="5000")
 @click.option("--tip-blocks", type=click.IntRange(5), help="Blocks at the tip, 100 ms apart.", show_default="100")
+@click.option(
+    "--shards", type=click.IntRange(2, SHARDS_MAX), help="Only this: primaries of so many shards, against one of one."
+)
 @_broker("A Kafka broker to run on as well. [default: the embedded log alone]")
 @_common
 def pipeline(
-    blocks: int | None, sizes: tuple[int, ...], tip_blocks: int | None, broker: str, quick: bool, as_json: bool
+    blocks: int | None,
+    sizes: tuple[int, ...],
+    tip_blocks: int | None,
+    shards: int | None,
+    broker: str,
+    quick: bool,
+    as_json: bool,
 ) -> None:
     """Source, primary and replica as real processes, on the embedded log and on Kafka."""
+    blocks = blocks or (20 if quick else pipeline_bench.BLOCKS)
+    sizes = sizes or ((1_000,) if quick else pipeline_bench.SIZES)
+    if shards is not None:
+        found = [shards_bench.run(shards, blocks=blocks, changes=size, broker=broker) for size in sizes]
+        report.show("bench pipeline", [row for rows in found for row in rows], as_json=as_json)
+        return
     rows = pipeline_bench.run(
-        blocks=blocks or (20 if quick else pipeline_bench.BLOCKS),
-        sizes=sizes or ((1_000,) if quick else pipeline_bench.SIZES),
+        blocks=blocks,
+        sizes=sizes,
         tip_blocks=tip_blocks or (10 if quick else pipeline_bench.TIP_BLOCKS),
         tip_changes=500 if quick else pipeline_bench.TIP_CHANGES,
         broker=broker,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -49,13 +50,17 @@ class Commit(NamedTuple):
 class Node:
     """A worker process and what it says it commits."""
 
-    def __init__(self, role: str, data_dir: Path, place: Place, *until: str) -> None:
+    def __init__(
+        self, role: str, data_dir: Path, place: Place, *until: str, env: Mapping[str, str] | None = None
+    ) -> None:
         self.role = role
         self.commits: list[Commit] = []
         self.peak_rss_mb = 0.0
         self.started_s = time.time()
         command = _command("run", "--role", role, "--verbose", *until, *_places(data_dir, place))
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | dict(env or {})
+        )
         self._other_lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -73,6 +78,10 @@ class Node:
                 rss_mb, peak_rss_mb = memory_mb(self._process.pid)
                 self.commits.append(Commit(at_s, fields["height"], fields["blocks"], fields["changes"], rss_mb))
                 self.peak_rss_mb = max(self.peak_rss_mb, peak_rss_mb)
+
+    @property
+    def process_id(self) -> int:
+        return self._process.pid
 
     def wait_for(self, height: int) -> None:
         """Return once the node has committed a height. Raises RuntimeError if it ends before, or stands still."""
@@ -113,12 +122,19 @@ class Node:
 
 
 @contextmanager
-def running(role: str, data_dir: Path, place: Place, *until: str) -> Iterator[Node]:
-    node = Node(role, data_dir, place, *until)
+def running(
+    role: str, data_dir: Path, place: Place, *until: str, env: Mapping[str, str] | None = None
+) -> Iterator[Node]:
+    node = Node(role, data_dir, place, *until, env=env)
     try:
         yield node
     finally:
         node.end()
+
+
+def make_topics(data_dir: Path, place: Place, shards: int) -> None:
+    command = _command("topics", "create", "--shards", str(shards), *_places(data_dir, place))
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def ingest(data_dir: Path, place: Place, blocks: int, changes: int, *more: str) -> Any:

@@ -1,0 +1,83 @@
+"""`bench pipeline --shards N`: primaries of N shards, a process each, against one primary of one shard.
+
+All workers run and lead before anything is measured. They are stopped while a source publishes the blocks, and then let
+go on: what counts is from there to the last commit of the last of them. The workers share this machine's cores, among
+themselves and with a broker, if it runs here.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from topology import control
+from topology.bench.processes import Node, ingest, make_topics, new_place, running
+from topology.bench.report import Row
+from topology.data_dir import DataDir
+
+_FIRST_BLOCKS = 2
+_PATIENCE_S = 300.0
+_SESSION_TIMEOUT = {"STATEFERRY_SESSION_TIMEOUT_S": "300"}
+"""Nobody takes a worker for dead while it is stopped."""
+
+
+def run(shards: int, *, blocks: int, changes: int, broker: str = "") -> list[Row]:
+    """One row for one shard, and one for so many."""
+    alone = _measure(1, blocks, changes, broker)
+    together = _measure(shards, blocks, changes, broker)
+    baseline = f"shards-1-{changes}"
+    return [
+        Row(name=baseline, measures={"changes_per_s": alone[0]}, peak_rss_mb=alone[1]),
+        Row(
+            name=f"shards-{shards}-{changes}",
+            measures={"changes_per_s": together[0]},
+            baseline=baseline,
+            ratio=together[0] / alone[0],
+            peak_rss_mb=together[1],
+        ),
+    ]
+
+
+def _measure(shards: int, blocks: int, changes: int, broker: str) -> tuple[float, float]:
+    """Changes a second of all primaries together, and the memory of the largest."""
+    with tempfile.TemporaryDirectory(prefix="stateferry-bench-") as name, ExitStack() as stack:
+        folder = Path(name)
+        place = new_place(broker, folder)
+        make_topics(folder / "source", place, shards)
+        ingest(folder / "source", place, _FIRST_BLOCKS, changes)
+        nodes, dirs = [], []
+        for number in range(shards):
+            dirs.append(folder / f"primary-{number}")
+            nodes.append(stack.enter_context(running("primary", dirs[-1], place, env=_SESSION_TIMEOUT)))
+        _wait_until_shared(nodes, dirs, shards)
+        before = sum(commit.changes for node in nodes for commit in node.commits)
+        for node in nodes:
+            os.kill(node.process_id, signal.SIGSTOP)
+        ingest(folder / "source", place, blocks, changes, "--from-height", str(_FIRST_BLOCKS - 1))
+        began_s = time.time()
+        for node in nodes:
+            os.kill(node.process_id, signal.SIGCONT)
+        deadline_s = time.monotonic() + _PATIENCE_S
+        while sum(commit.changes for node in nodes for commit in node.commits) < before + blocks * changes:
+            if time.monotonic() > deadline_s:
+                raise RuntimeError(f"{shards} primaries did not apply {blocks} blocks")
+            time.sleep(0.02)
+        ended_s = max(node.commits[-1].at_s for node in nodes)
+    return blocks * changes / (ended_s - began_s), max(node.peak_rss_mb for node in nodes)
+
+
+def _wait_until_shared(nodes: list[Node], dirs: list[Path], shards: int) -> None:
+    """Until every worker leads one shard, and has committed what is there."""
+    deadline_s = time.monotonic() + _PATIENCE_S
+    while True:
+        found = [control.ask(DataDir(path).socket_path, {"what": "status"}) for path in dirs]
+        led = [[one["height"] for one in status["shards"] if one["in_force"]] if status else [] for status in found]
+        if all(heights == [_FIRST_BLOCKS - 1] for heights in led):
+            return
+        if time.monotonic() > deadline_s:
+            raise RuntimeError(f"{len(nodes)} primaries did not share {shards} shards: {led}")
+        time.sleep(0.1)
