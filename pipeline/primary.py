@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 
 from pipeline import chunk, frame, walk
 from pipeline.apply import Effect, apply_block
-from pipeline.block import Block, Event
+from pipeline.block import Block, Connect, Event, Rewind, SourceEpoch
 from pipeline.codec import Codec
 from pipeline.commitment import lthash
-from pipeline.errors import Fenced, SeqConflict
+from pipeline.errors import Fenced, SeqConflict, WalkInvalid
 from pipeline.frame import Header, Kind
 from pipeline.position import LogMark, Meta, Tip
 from pipeline.replica import Applied, Ended, Next, Outcome, Reign, Replica, Step, as_whole
@@ -74,6 +74,26 @@ def epoch_frame(meta: Meta, writer: bytes) -> bytes:
         ),
         b"",
     )
+
+
+def check_repeat(replica: Replica, event: Event) -> None:
+    """An event with a number that was applied already. Raises WalkInvalid if it is not the one that was, as far as the
+    journal tells: then the topic lost that one, and others took its place."""
+    if isinstance(event, SourceEpoch) or (applied := replica.header_of_walk(event.walk)) is None:
+        return
+    match event:
+        case Connect(block=block):
+            is_same = (applied.kind, applied.ref) == (Kind.APPLY, block.ref)
+        case Rewind(to=to):
+            is_same = (applied.kind, applied.parent_hash) == (Kind.UNDO, to.block_hash)
+    if not is_same:
+        said = "a rewind" if isinstance(event, Rewind) else f"block {event.block.ref}"
+        raise WalkInvalid(
+            f"event {event.walk} is {said}, but another one was applied under this number: {applied.kind.name} "
+            f"{applied.ref}",
+            way_out="the topic lost events, and others took their place: publish the branch that was applied again, "
+            "with --again, then the other; `stateferry generation new` begins again from a snapshot",
+        )
 
 
 class Primary:
@@ -145,8 +165,9 @@ class Primary:
             final_height=ahead.final_height,
         )
         match walk.plan(event, at, lambda height: self.replica.header_at(height + 1).parent_hash):
-            case walk.Ignore():
-                pass
+            case walk.Ignore(why=why):
+                if why == "repeat":
+                    check_repeat(self.replica, event)
             case walk.Reign(source=source):
                 self.take_over(source)
             case walk.Apply(block=block, walk=number):
