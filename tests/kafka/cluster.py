@@ -13,9 +13,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError
 
-from tests.kafka.server import VERSION_DEFAULT, Server, free_port, new_cluster
+from tests.kafka.server import JAVA_QUICK, VERSION_DEFAULT, Server, free_port, new_cluster
 
-HEAP: Final = "-Xmx256m"
 WAIT_S: Final = 60.0
 
 
@@ -26,7 +25,7 @@ class Cluster:
         peers = {node: free_port() for node in (1, 2, 3)}
         cluster = new_cluster()
         self.servers = {
-            node: Server(folder / f"broker{node}", version, node_id=node, peers=peers, cluster=cluster, heap=HEAP)
+            node: Server(folder / f"broker{node}", version, node_id=node, peers=peers, cluster=cluster, java=JAVA_QUICK)
             for node in peers
         }
 

@@ -22,7 +22,7 @@ import pytest
 
 from tests.kafka.cluster import Cluster
 from tests.kafka.proxy import Proxy
-from tests.kafka.server import VERSION_DEFAULT, VERSIONS, Behind, Server, free_port, missing_tools
+from tests.kafka.server import JAVA_QUICK, VERSION_DEFAULT, VERSIONS, Behind, Server, free_port, missing_tools
 
 IN_CI = os.environ.get("CI") == "true"
 EMBEDDED = "embedded"
@@ -85,7 +85,7 @@ def shared_server(folder: Path, version: str) -> Iterator[Shared]:
         fcntl.flock(users, fcntl.LOCK_SH)
         if not state.exists():
             behind = [Behind(free_port(), free_port()) for _ in range(PROXIES)]
-            server = Server(folder / secrets.token_hex(4), version, behind=behind)
+            server = Server(folder / secrets.token_hex(4), version, behind=behind, java=JAVA_QUICK)
             server.start()
             assert server.process is not None
             facts = {"bootstrap": server.bootstrap, "behind": behind, "pid": server.process.pid}
@@ -194,7 +194,7 @@ def own_kafka(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server
     if os.environ.get("KAFKA_BOOTSTRAP"):
         pytest.skip("a broker that runs already is not killed")
     need_tools()
-    server = Server(tmp_path / "kafka", request.param)
+    server = Server(tmp_path / "kafka", request.param, java=JAVA_QUICK)
     server.start()
     yield server
     server.kill()

@@ -37,6 +37,8 @@ from .workers import STARTS_MAX, Joiner, Worker, primary, replica, wait_until
 
 ARCHIVED_TO = (HEIGHT - FINALITY + 1) // 64 * 64
 """Whole segments of final blocks: what a primary archives by itself."""
+ASK_S = 0.2
+"""Between two questions that cost a worker or a broker something."""
 
 
 def lead_early(site: Site) -> None:
@@ -111,7 +113,7 @@ class Stage:
                     return False
             return True
 
-        wait_until(stand_there, f"the workers do not come to {wanted}")
+        wait_until(stand_there, f"the workers do not come to {wanted}", ASK_S)
         for worker in self.workers.values():
             worker.end()
 
@@ -161,7 +163,7 @@ def tailing(stage: Stage) -> None:
 def promoted(stage: Stage) -> None:
     """A replica becomes the primary while the old one lives, which ends as fenced and follows then."""
     old = stage.start(primary, "p")
-    wait_until(lambda: old.status().get("state") == "leading", "the old primary leads")
+    wait_until(lambda: old.status().get("state") == "leading", "the old primary leads", ASK_S)
     stage.start(primary, "r")
     if stage.strike is not None:
         stage.disturb(stage.victim)
@@ -246,7 +248,7 @@ class Kafka:
             found[:] = [name for name in self._ask(_groups) if node.read_text() in name]
             return bool(found) and self._ask(lambda admin: _state(admin, found[0])) == "Stable"
 
-        wait_until(has_joined, f"{worker.node} is in no group")
+        wait_until(has_joined, f"{worker.node} is in no group", ASK_S)
         return found[0]
 
     def _ask(self, what: Callable[[AIOKafkaAdminClient], Any]) -> Any:
@@ -268,7 +270,9 @@ class Kafka:
         worker = self._member(stage)
         group = self._group(worker)
         worker.freeze()
-        wait_until(lambda: self._ask(lambda admin: _state(admin, group)) == "Empty", f"{worker.node} is not dead")
+        wait_until(
+            lambda: self._ask(lambda admin: _state(admin, group)) == "Empty", f"{worker.node} is not dead", ASK_S
+        )
         worker.go_on()
 
     def _cut(self, stage: Stage) -> None:
@@ -297,7 +301,7 @@ class Kafka:
         else:
             leader.stop()
         stage.victim.go_on()
-        wait_until(lambda: cluster.leader(topic) is not leader, "nobody else leads")
+        wait_until(lambda: cluster.leader(topic) is not leader, "nobody else leads", ASK_S)
         self._mending.submit(cluster.start)
 
     async def _duplicate(self, broker: Broker) -> None:
@@ -315,7 +319,7 @@ class Kafka:
             names.append(GENERATION.blocks_topic)
         other = Joiner(stage.site, self._group(worker), *(self.place.prefix + name for name in names))
         stage.victim.go_on()
-        wait_until(other.has_joined, "the other worker has joined")
+        wait_until(other.has_joined, "the other worker has joined", ASK_S)
         other.leave(self.random.choice([signal.SIGTERM, signal.SIGKILL]))
 
     def close(self) -> None:

@@ -22,12 +22,12 @@ STARTS_MAX = 6
 """Of one worker: what needs more does not come to an end."""
 
 
-def wait_until(holds: Callable[[], Any], what: str) -> None:
+def wait_until(holds: Callable[[], Any], what: str, poll_s: float = 0.02) -> None:
     deadline_s = time.monotonic() + TIMEOUT_S
     while not holds():
         assert time.monotonic() < deadline_s, what
 
-        time.sleep(0.02)
+        time.sleep(poll_s)
 
 
 class Worker:
