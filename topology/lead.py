@@ -53,7 +53,14 @@ class Lead:
     """
 
     def __init__(
-        self, *, settings: Settings, broker: Broker, generation: Generation, replica: Replica, produce: Produce
+        self,
+        *,
+        settings: Settings,
+        broker: Broker,
+        generation: Generation,
+        replica: Replica,
+        produce: Produce,
+        sealing: Sealing,
     ) -> None:
         self.state = State.FOLLOWING
         self.primary: Primary | None = None
@@ -71,7 +78,7 @@ class Lead:
         self._room = asyncio.Event()
         self._begun = asyncio.Event()  # something may be there to finish
         self._finished = asyncio.Event()  # what was begun before is finished
-        self._sealing = Sealing()
+        self._sealing = sealing
 
     def give_up(self) -> None:
         """Drop any lead, and what was proposed in it: at once, so that nothing is computed or produced on top of it."""
@@ -213,10 +220,6 @@ class Lead:
     def follow(self, record: bytes, offset: int) -> Outcome:
         """One record of the own partition, while leading and before."""
         return self._replica.step(record, offset) if self.primary is None else self.primary.follow(record, offset)
-
-    def close(self) -> None:
-        """Idempotent."""
-        self._sealing.close()
 
     # Being asked
 

@@ -30,6 +30,7 @@ from topology.archiver import Archiver
 from topology.data_dir import DataDir
 from topology.ending import Ending
 from topology.lead import Lead, Produce, State
+from topology.sealing import Sealing
 from topology.settings import Settings
 from topology.transports.base import Broker
 
@@ -114,7 +115,7 @@ class Node:
 
     # Opening and closing
 
-    def open(self, produce: Produce) -> None:
+    def open(self, produce: Produce, sealing: Sealing) -> None:
         """Open the store. Raises WrongChain, NotProven and what the store raises."""
         self.store = RocksStore(self.data_dir.store_path)
         try:
@@ -129,6 +130,7 @@ class Node:
                 generation=self.generation,
                 replica=self.replica,
                 produce=produce,
+                sealing=sealing,
             )
         self._opened = True
         log.info("node_opened", role=self.role.value, proof=self.proof_word, **self._where())
@@ -171,8 +173,6 @@ class Node:
         """Write what the log confirmed, forget the rest, close the store."""
         if self._opened:
             self._opened = False
-            if self.lead is not None:
-                self.lead.close()
             try:
                 if self._ending.failure is None:
                     self._commit()

@@ -25,6 +25,7 @@ from topology.data_dir import DataDir
 from topology.ending import Ending
 from topology.lead import Produce, State
 from topology.node import Node, Role
+from topology.sealing import Sealing
 from topology.settings import Settings
 from topology.splitter import ProduceTo, Splitting
 from topology.transports.base import Broker
@@ -58,6 +59,7 @@ class ShardSet:
         self.generation: Generation = openings[0][0].generation
         self.splitting: Splitting | None = None
         self.anchoring: Anchoring | None = None
+        self._sealing = Sealing()  # one process for all shards
         self.nodes = [
             Node(
                 settings=settings,
@@ -89,7 +91,7 @@ class ShardSet:
         """Open every store. ``produce``: for a shard's frames. ``split``: for what the splitter writes. Raises what
         `Node.open` raises; what was opened then is to be closed."""
         for node in self.nodes:
-            node.open(produce(node.shard))
+            node.open(produce(node.shard), self._sealing)
         if self.anchoring is not None:
             self.splitting = Splitting(broker=self.broker, generation=self.generation, produce=split)
             for node in self.nodes:
@@ -103,6 +105,7 @@ class ShardSet:
         return say
 
     def close(self) -> None:
+        self._sealing.close()
         for node in self.nodes:
             node.close()
 
