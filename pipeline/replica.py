@@ -18,7 +18,7 @@ computes steps ahead (`push`), and when it reads its own frame back it accepts t
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -357,11 +357,14 @@ class Replica:
         return self._header(seq)
 
     def header_of_walk(self, walk: int) -> Header | None:
-        """The header of the last frame of an event that was computed; None where the journal does not reach it."""
+        """The header of the frame that ends an event; None where the journal does not reach it. The UNDO frames of a
+        rewind, but its last one, carry the number of the event before it: the first frame of a number is its own."""
         seqs = range(self.meta.journal_first_seq, max(self._steps, default=self.meta.seq) + 1)
-        at = bisect_right(seqs, walk, key=lambda seq: self._header(seq).walk) - 1
-        header = self._header(seqs[at]) if at >= 0 else None
-        return header if header is not None and header.walk == walk else None
+        at = bisect_left(seqs, walk, key=lambda seq: self._header(seq).walk)
+        header = self._header(seqs[at]) if at < len(seqs) else None
+        if header is None or header.walk != walk or (at == 0 and header.kind is Kind.UNDO):
+            return None  # the journal may begin inside of a rewind
+        return header
 
     def _header(self, seq: int) -> Header:
         step = self._steps.get(seq)
