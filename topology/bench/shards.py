@@ -11,9 +11,11 @@ import os
 import signal
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
+from pipeline.errors import StateferryError
 from topology import control
 from topology.bench.processes import Node, ingest, make_topics, new_place, running
 from topology.bench.report import Row
@@ -74,10 +76,17 @@ def _wait_until_shared(nodes: list[Node], dirs: list[Path], shards: int) -> None
     """Until every worker leads one shard, and has committed what is there."""
     deadline_s = time.monotonic() + _PATIENCE_S
     while True:
-        found = [control.ask(DataDir(path).socket_path, {"what": "status"}) for path in dirs]
+        found = [_status(path) for path in dirs]
         led = [[one["height"] for one in status["shards"] if one["in_force"]] if status else [] for status in found]
         if all(heights == [_FIRST_BLOCKS - 1] for heights in led):
             return
         if time.monotonic() > deadline_s:
             raise RuntimeError(f"{len(nodes)} primaries did not share {shards} shards: {led}")
         time.sleep(0.1)
+
+
+def _status(path: Path) -> Any:
+    """What a worker says of itself; None while it does not."""
+    with suppress(StateferryError):
+        return control.ask(DataDir(path).socket_path, {"what": "status"})
+    return None
