@@ -21,16 +21,18 @@ _CHANGES_MIN = 200
 
 
 class Sealing:
-    """Seals blocks in a process of its own, which starts with the first block that is worth it.
+    """Seals blocks in a process of its own, which starts with the first block that is worth it; or here, if it is not
+    ``beside``.
 
     * `submit` is a `pipeline.seal.Sealer`; what it returns raises BrokenProcessPool if the process was killed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, beside: bool = True) -> None:
+        self._beside = beside
         self._pool: ProcessPoolExecutor | None = None
 
     def submit(self, diff: Diff, shared: Shared, codec: Codec) -> Future[Seal]:
-        if diff.op_count < _CHANGES_MIN:
+        if not self._beside or diff.op_count < _CHANGES_MIN:
             return seal_at_once(diff, shared, codec)
         if self._pool is None:
             context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks, and the store's

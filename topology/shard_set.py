@@ -11,6 +11,7 @@ With one shard all of this is one node, owned for ever.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterable
 
 from pipeline.errors import NotFound, StateferryError
@@ -59,7 +60,8 @@ class ShardSet:
         self.generation: Generation = openings[0][0].generation
         self.splitting: Splitting | None = None
         self.anchoring: Anchoring | None = None
-        self._sealing = Sealing()  # one process for all shards
+        # Shards are for workers that each fill a core; one shard alone would leave the others idle.
+        self._sealing = Sealing(beside=len(openings) == 1 and (os.cpu_count() or 1) > 1)
         self.nodes = [
             Node(
                 settings=settings,

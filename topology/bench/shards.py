@@ -1,4 +1,6 @@
-"""`bench pipeline --shards N`: primaries of N shards, a process each, against one primary of one shard.
+"""`bench pipeline --shards N`: primaries of N shards, a process each, against one primary of one shard on one core.
+
+A primary of one shard seals its blocks in a second process: the row `shards-1-all-cores` is one that may use all cores.
 
 All workers run and lead before anything is measured. They are stopped while a source publishes the blocks, and then let
 go on: what counts is from there to the last commit of the last of them. The workers share this machine's cores, among
@@ -28,23 +30,25 @@ _SESSION_TIMEOUT = {"STATEFERRY_SESSION_TIMEOUT_S": "300"}
 
 
 def run(shards: int, *, blocks: int, changes: int, broker: str = "") -> list[Row]:
-    """One row for one shard, and one for so many."""
-    alone = _measure(1, blocks, changes, broker)
-    together = _measure(shards, blocks, changes, broker)
+    """A row for one shard on one core, one for the same on all cores, and one for so many shards."""
+    alone = _measure(1, blocks, changes, broker, on_one_core=True)
     baseline = f"shards-1-{changes}"
-    return [
-        Row(name=baseline, measures={"changes_per_s": alone[0]}, peak_rss_mb=alone[1]),
-        Row(
-            name=f"shards-{shards}-{changes}",
-            measures={"changes_per_s": together[0]},
-            baseline=baseline,
-            ratio=together[0] / alone[0],
-            peak_rss_mb=together[1],
-        ),
-    ]
+    rows = [Row(name=baseline, measures={"changes_per_s": alone[0]}, peak_rss_mb=alone[1])]
+    for name, count in ((f"shards-1-all-cores-{changes}", 1), (f"shards-{shards}-{changes}", shards)):
+        changes_per_s, peak_rss_mb = _measure(count, blocks, changes, broker)
+        rows.append(
+            Row(
+                name=name,
+                measures={"changes_per_s": changes_per_s},
+                baseline=baseline,
+                ratio=changes_per_s / alone[0],
+                peak_rss_mb=peak_rss_mb,
+            )
+        )
+    return rows
 
 
-def _measure(shards: int, blocks: int, changes: int, broker: str) -> tuple[float, float]:
+def _measure(shards: int, blocks: int, changes: int, broker: str, *, on_one_core: bool = False) -> tuple[float, float]:
     """Changes a second of all primaries together, and the memory of the largest."""
     with tempfile.TemporaryDirectory(prefix="stateferry-bench-") as name, ExitStack() as stack:
         folder = Path(name)
@@ -56,6 +60,8 @@ def _measure(shards: int, blocks: int, changes: int, broker: str) -> tuple[float
             dirs.append(folder / f"primary-{number}")
             nodes.append(stack.enter_context(running("primary", dirs[-1], place, env=_SESSION_TIMEOUT)))
         _wait_until_shared(nodes, dirs, shards)
+        if on_one_core:
+            _pin(nodes[0].process_id)
         before = sum(commit.changes for node in nodes for commit in node.commits)
         for node in nodes:
             os.kill(node.process_id, signal.SIGSTOP)
@@ -70,6 +76,12 @@ def _measure(shards: int, blocks: int, changes: int, broker: str) -> tuple[float
             time.sleep(0.02)
         ended_s = max(node.commits[-1].at_s for node in nodes)
     return blocks * changes / (ended_s - began_s), max(node.peak_rss_mb for node in nodes)
+
+
+def _pin(process_id: int) -> None:
+    """All threads of a process, and what it starts from now on, to one core. Linux only."""
+    for thread in Path(f"/proc/{process_id}/task").iterdir():
+        os.sched_setaffinity(int(thread.name), {min(os.sched_getaffinity(0))})
 
 
 def _wait_until_shared(nodes: list[Node], dirs: list[Path], shards: int) -> None:
