@@ -51,11 +51,13 @@ class Application:
         generation, settings = shard_set.generation, shard_set.settings
         node_id = shard_set.data_dir.node_id
         self._acknowledgements: asyncio.Queue[Awaitable[Any]] = asyncio.Queue(ACKNOWLEDGEMENTS_MAX)
-        # One consumer group per node: each reads all partitions. Primaries of several shards share them out.
+        # One consumer group per node, which reads all partitions; primaries of several shards share one. And one per
+        # generation: a member known by its name may be handed the topics that it read before, and reads nothing then.
         is_shared = generation.shards > 1 and shard_set.role is Role.PRIMARY
         prefix = self._prefix = settings.topic_prefix
-        member = generation.generation.hex()[:12] if is_shared else node_id
-        group = f"{prefix}stateferry-{generation.chain_id}-{shard_set.role.value}-{member}"
+        group = f"{prefix}stateferry-{generation.chain_id}-{generation.generation.hex()[:12]}-{shard_set.role.value}"
+        if not is_shared:
+            group = f"{group}-{node_id}"
         security = security_of(settings)
         self.app = faust.App(
             group,

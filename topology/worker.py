@@ -109,9 +109,8 @@ async def run(
                     objects, history = open_objects(settings.objects_url), await topics.history(broker)
                     await asyncio.to_thread(renewal.renew, objects, data_dir, history, error)
                 except (LogChanged, OffsetOutOfRange) as error:
-                    if asked.is_set() or not await _has_changed(
-                        broker, openings[0][0].generation, role, data_dir, changed
-                    ):
+                    generation = openings[0][0].generation
+                    if asked.is_set() or not await _has_changed(broker, generation, role, data_dir, changed):
                         raise
                     log.warning("log_changed", error=error.name, message=str(error))
                     stopping.clear()
