@@ -13,7 +13,7 @@ import pytest
 from pipeline.stores.rocksdb import RocksStore
 from tests.topology.commands import Site, same_state
 from topology import node as nodes
-from topology import worker
+from topology import shard_set
 from topology.app import STREAM_BUFFER_RECORDS, Application
 from topology.lead import BEGUN_MAX
 from topology.node import Node
@@ -81,7 +81,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Workers of this process have small bounds, and are watched."""
     seen.clear()
     waiting.clear()
-    monkeypatch.setattr(worker, "Node", Watched)
+    monkeypatch.setattr(shard_set, "Node", Watched)
     monkeypatch.setenv("STATEFERRY_GROUP_BYTES_MAX", str(BOUND_BYTES))
     monkeypatch.setenv("STATEFERRY_AHEAD_BYTES_MAX", str(BOUND_BYTES))
     stored_offsets = Application._stored_offsets
