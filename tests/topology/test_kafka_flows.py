@@ -43,7 +43,7 @@ def whole(base: Site, tmp_path_factory: pytest.TempPathFactory) -> Site:
     ("node", "point"), [("p", "propose.produced:200"), ("p", "store.before_write:5"), ("r", "store.after_write:5")]
 )
 def test_killed_at(node: str, point: str, whole: Site, base: Site, tmp_path: Path) -> None:
-    """kill -9 at a fail point, and a start: every frame once, in order, and the same state. `tests/torture` has more."""
+    """kill -9 at a fail point, and a start: every frame once, in order, the same state. More: `tests/torture`."""
     site = base.copy(tmp_path / "site")
     role = "primary" if node == "p" else "replica"
     if node == "r":
