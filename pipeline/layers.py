@@ -42,9 +42,7 @@ class Layers:
         if recent.keys().isdisjoint(storage_keys) and older.keys().isdisjoint(storage_keys):
             return self._store.get(storage_keys)
         below = iter(self._store.get([key for key in storage_keys if key not in recent and key not in older]))
-        return [
-            recent[key] if key in recent else older[key] if key in older else next(below) for key in storage_keys
-        ]
+        return [recent[key] if key in recent else older[key] if key in older else next(below) for key in storage_keys]
 
     def push(self, number: int, writes: Mapping[bytes, bytes | None]) -> None:
         """A new top layer. ``number`` is above every number pushed and not settled."""
