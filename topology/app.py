@@ -30,7 +30,6 @@ POLL_RECORDS_MAX = 6
 frames from being read back, and both wait for ever."""
 ACKNOWLEDGEMENTS_MAX = 256
 """Sends not yet acknowledged; the applier waits above it."""
-_CANCEL_ROUNDS = 5
 STOP_TIMEOUT_S = 8.0
 """Of leaving the group in order. A broker that is gone is not waited for: the stores need nothing of it."""
 
@@ -162,24 +161,12 @@ class Application:
             for task in (*beside, crashed, stopping):
                 task.cancel()
             await asyncio.gather(*beside, crashed, stopping, return_exceptions=True)
-            try:
-                async with asyncio.timeout(STOP_TIMEOUT_S):
-                    await self.app.stop()
-            except TimeoutError:
+            ending = asyncio.create_task(self.app.stop())
+            await asyncio.wait(
+                {ending}, timeout=STOP_TIMEOUT_S
+            )  # Faust's services take no cancellation while they stop
+            if not ending.done():
                 log.warning("stop_cut_short", seconds=STOP_TIMEOUT_S)
-                await _cut_short()
-
-
-async def _cut_short() -> None:
-    """Cancel whatever still runs. A service of Faust that is cancelled while it stops waits on, in new tasks, for a
-    thread that died with its broker's connection: the loop would never close."""
-    for _ in range(_CANCEL_ROUNDS):
-        running = asyncio.all_tasks() - {asyncio.current_task()}
-        if not running:
-            return
-        for task in running:
-            task.cancel()
-        await asyncio.wait(running, timeout=0.2)
 
 
 def make_splitter(shard_set: ShardSet) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 import click
 from rich.progress import BarColumn, Progress, TextColumn
@@ -14,6 +16,11 @@ from topology.node import Role
 from topology.settings import Settings
 from topology.shard_set import ShardSet
 from topology.worker import Until
+
+Found = TypeVar("Found")
+
+_CANCEL_ROUNDS = 5
+"""Times that what is left behind a worker is cancelled, 0.2 s each at most."""
 
 
 @click.command()
@@ -27,12 +34,29 @@ def run(settings: Settings, role: str, until_height: int | None, until_idle: boo
     """Follow a chain: as the primary, which applies blocks and publishes diffs, or as a replica of it."""
     until = Until(height=until_height, idle=until_idle)
     watch = _progress if is_terminal() else None
-    found = asyncio.run(worker.run(settings, Role(role), until, on_open=watch))
+    found = _run(worker.run(settings, Role(role), until, on_open=watch))
     if found is None:
         emit({"followed": False, "why": "nothing was published"}, as_json=as_json, text=lambda: "nothing to follow")
         return
     document = found | {"role": role}
     emit(document, as_json=as_json, text=lambda: rows(document))
+
+
+def _run(work: Coroutine[Any, Any, Found]) -> Found:
+    """`asyncio.run`, but for an end that takes seconds whatever the broker's client does: a service of Faust whose
+    thread died with its connection waits for it in ever new tasks. The stores are closed before that."""
+    runner = asyncio.Runner()
+    try:
+        return runner.run(work)
+    finally:
+        loop = runner.get_loop()
+        for _ in range(_CANCEL_ROUNDS):
+            if left := asyncio.all_tasks(loop):
+                for task in left:
+                    task.cancel()
+                loop.run_until_complete(asyncio.wait(left, timeout=0.2))
+        if not asyncio.all_tasks(loop):
+            runner.close()
 
 
 async def _progress(shard_set: ShardSet) -> None:
