@@ -17,7 +17,7 @@ from typing import Any
 from pipeline import failpoints
 from pipeline.block import Rewind
 from pipeline.codec import Codec
-from pipeline.errors import CorruptInput, RewindTooDeep, StateferryError, Unsupported, WalkGap, WrongChain
+from pipeline.errors import CorruptInput, Fenced, RewindTooDeep, StateferryError, Unsupported, WalkGap, WrongChain
 from pipeline.frame import Header
 from pipeline.generation import Generation
 from pipeline.inlet import EventReader, Stuck
@@ -71,6 +71,7 @@ class Lead:
         self._replica = replica
         self._produce = produce
         self._writer = b""
+        self._led_epoch = 0  # the last one in which this node led, since it was started
         self._reader: log_check.Events = EventReader(generation.generation)
         self.refused: StateferryError | None = None  # why no event is taken in
         self._stuck: Stuck | None = None  # behind the refused event
@@ -111,8 +112,16 @@ class Lead:
                 self._replica, codec=Codec[self._settings.codec.upper()], sealer=self._sealing.submit
             )
             self.state = State.LEADING
+            self._led_epoch = header.epoch
             self._leading.set()
             log.info("epoch_claimed", epoch=header.epoch, writer=header.writer.hex())
+        elif header.epoch > self._led_epoch > 0 and header.shards == 1:
+            # Others of a group get shards in turn. But who led the only one, and finds another there, has lost it, if
+            # it slept past its session or not: to claim again would begin a duel.
+            raise Fenced(
+                f"writer {header.writer.hex()} is in force since epoch {header.epoch}; this one was before",
+                way_out="let one primary run; start this one again to take over, or as a replica",
+            )
         elif self.state is State.CLAIMING:
             log.warning("epoch_lost", epoch=header.epoch, writer=header.writer.hex())
             self.state = State.FOLLOWING
