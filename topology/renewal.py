@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 from pipeline.errors import GenerationEnded, NotFound
 from pipeline.generation import Generation
 from pipeline.objects import ObjectStore
-from pipeline.position import Meta, decode_meta
-from pipeline.stores.base import META_KEY
-from pipeline.stores.rocksdb import RocksStore
 from topology import logs, restorer
 from topology.data_dir import DataDir, sync_folder
 
@@ -24,18 +20,6 @@ log = logs.get()
 
 WORK_FOLDER = "renewing"
 LEFT_FOLDER = "left-generations"
-
-
-def held_meta(store_path: Path) -> Meta | None:
-    """The position of a store that nobody has open; None if there is none."""
-    if not (store_path / "CURRENT").exists():
-        return None
-    store = RocksStore(store_path)
-    try:
-        data = store.get_meta(META_KEY)
-    finally:
-        store.close()
-    return None if data is None else decode_meta(data)
 
 
 def settle(data_dir: DataDir) -> None:
@@ -51,11 +35,11 @@ def renew(objects: ObjectStore, data_dir: DataDir, history: Sequence[Generation]
     Raises ``why`` if the store is of no earlier generation of this history, or if the object store has nothing of the
     last one; what the restore raises. Then the old store is as it was.
     """
-    held, wanted = held_meta(data_dir.store_path), history[-1]
+    held, wanted = restorer.held_meta(data_dir.store_path), history[-1]
     if held is None or held.shards != 1 or held.generation not in {one.generation for one in history[:-1]}:
         raise why
     renewed = DataDir(data_dir.path / WORK_FOLDER)
-    found = held_meta(renewed.store_path)
+    found = restorer.held_meta(renewed.store_path)
     if found is not None and found.generation != wanted.generation:
         shutil.rmtree(renewed.path)  # another one was in force when that was restored
         found = None

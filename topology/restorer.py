@@ -387,7 +387,7 @@ class _Restorer:
         """The store in `restoring/store`, at the plan's height, synced. Passes from INGEST to FRAMES."""
         path = self.work / STORE_FOLDER
         failpoints.hit("restore.before_ingest")
-        meta = _position(path)
+        meta = held_meta(path)
         if meta is None:
             shutil.rmtree(path, ignore_errors=True)
         store = RocksStore(path)
@@ -475,8 +475,8 @@ class _Restorer:
         return proof
 
 
-def _position(path: Path) -> Meta | None:
-    """Of a store that an interrupted restore left; None if it has none yet."""
+def held_meta(path: Path) -> Meta | None:
+    """The position of a store that nobody has open; None if there is none yet."""
     if not (path / "CURRENT").exists():
         return None
     store = RocksStore(path)

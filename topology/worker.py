@@ -29,7 +29,7 @@ from pipeline.generation import FINALITY_DEFAULT, Generation, Opening
 from pipeline.objects import open_objects
 from pipeline.position import encode_meta
 from pipeline.state import schema_named
-from topology import answers, base_state, log_check, logs, reads, renewal, topic_check, topics, views
+from topology import answers, base_state, log_check, logs, reads, renewal, restorer, topic_check, topics, views
 from topology.app import Application
 from topology.archiver import Archiver
 from topology.control import ControlServer
@@ -125,7 +125,7 @@ async def _has_changed(
     each position, which goes to ``known``."""
     has_changed = False
     for found in data_dir.shard_dirs:
-        meta = renewal.held_meta(found.store_path)
+        meta = restorer.held_meta(found.store_path)
         if meta is None or encode_meta(meta) in known:
             continue
         known.add(encode_meta(meta))
@@ -155,7 +155,7 @@ async def _find_openings(
         else:
             found = await _wait(lambda: topics.openings(broker, generation), until, stopping)
     except NotFound:
-        metas = [renewal.held_meta(one.store_path) for one in data_dir.shard_dirs]
+        metas = [restorer.held_meta(one.store_path) for one in data_dir.shard_dirs]
         if len(metas) != generation.shards or None in metas:
             raise
         # Records were deleted: what the openings said is in the stores, and in `generations`.
