@@ -45,6 +45,7 @@ from topology.archiver import Archiver
 from topology.bench import loads
 from topology.bench.report import Row, Stage, stages_of
 from topology.bench.workers import Worker, peak_rss_mb
+from topology.lead import BEGUN_MAX
 from topology.sealing import Sealing
 
 SIZES = (2_000, 5_000, 14_000)
@@ -54,8 +55,6 @@ BLOCKS = 200
 REPEATS = 40
 """Times that the real block is applied."""
 _TURN_BLOCKS = 20
-_BEGUN_MAX = 4
-"""Blocks that wait for their seal: what a worker that is behind has as well."""
 
 
 class Taken(NamedTuple):
@@ -182,7 +181,7 @@ class Applier:
         with self._stopwatch.stage(DECODE):
             decoded = decode_event(event)
         self._primary.begin(decoded, self._reading(event))
-        self._finish(begun_max=_BEGUN_MAX)
+        self._finish(begun_max=BEGUN_MAX)
 
     def _finish(self, *, begun_max: int = 0) -> None:
         replica = self._replica
