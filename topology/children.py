@@ -62,7 +62,7 @@ async def run(module: str, arguments: Sequence[str], report: Report = no_report)
         if process.returncode is None:
             with suppress(ProcessLookupError):
                 process.kill()
-            await process.wait()
+        await process.communicate()  # to the end of its pipes, so that nothing of it outlives the loop
     if "error" in outcome:
         raise _raised(outcome["error"])
     if "result" not in outcome:

@@ -245,7 +245,23 @@ class Site:
     def follow_both(self, *args: object) -> tuple[Any, Any]:
         return self.follow("primary", "p", *args), self.follow("replica", "r", *args)
 
+    def put_to_sleep(self, process: subprocess.Popen[str]) -> None:
+        """Stop a worker until it gets SIGCONT, at a time when it does not hold the embedded log's lock."""
+        process.send_signal(signal.SIGSTOP)
+        while not self.place.is_kafka and self._is_log_locked():
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.05)
+            process.send_signal(signal.SIGSTOP)
+
     # The log
+
+    def _is_log_locked(self) -> bool:
+        try:
+            with contextlib.closing(sqlite3.connect(self.log, timeout=0)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return True
+        return False
 
     @contextlib.contextmanager
     def opened_log(self) -> Iterator[Log]:

@@ -42,7 +42,7 @@ def test_sleeping_primary(tmp_path: Path) -> None:
     site.ingest(*BLOCKS)
     with site.running("primary", "p") as sleeper:
         site.wait_for("p", sleeper, state="leading", height=599)
-        sleeper.send_signal(signal.SIGSTOP)
+        site.put_to_sleep(sleeper)
         with site.running("primary", "q") as successor:
             found = site.wait_for("q", successor, state="leading", height=599)
             more(site, 20)

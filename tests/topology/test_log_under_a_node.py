@@ -40,9 +40,9 @@ def site(base: Site, tmp_path: Path) -> Site:
 
 
 @contextmanager
-def asleep(process: subprocess.Popen[str]) -> Iterator[None]:
+def asleep(process: subprocess.Popen[str], site: Site) -> Iterator[None]:
     """A node that reads nothing meanwhile."""
-    process.send_signal(signal.SIGSTOP)
+    site.put_to_sleep(process)
     try:
         yield
     finally:
@@ -68,7 +68,7 @@ def test_end_lost_and_made_again(lost: int, site: Site) -> None:
     writer whose EPOCH it never saw."""
     with site.running("replica", "r") as worker:
         site.wait_for("r", worker, height=SOME - 1)
-        with asleep(worker):
+        with asleep(worker, site):
             site.cut("diffs", lost)
             go_on(site)
         site.wait_for("r", worker, height=MORE - 1)
@@ -80,7 +80,7 @@ def test_end_lost(site: Site) -> None:
     """The log is shorter than what a running replica read: it goes back to where the log ends, and on from there."""
     with site.running("replica", "r") as worker:
         site.wait_for("r", worker, height=SOME - 1)
-        with asleep(worker):
+        with asleep(worker, site):
             site.cut("diffs", 3)
         site.wait_for("r", worker, height=SOME - 4)
         go_on(site)
@@ -93,7 +93,7 @@ def test_deleted_under_a_running_replica(site: Site) -> None:
     """What it has not read yet is gone: it says so and ends; its store is as it was."""
     with site.running("replica", "r") as worker:
         site.wait_for("r", worker, height=SOME - 1)
-        with asleep(worker):
+        with asleep(worker, site):
             go_on(site)
             delete(site, "diffs", 2)
         assert "stateferry restore" in finish(worker).failed(OffsetOutOfRange)

@@ -127,14 +127,13 @@ async def end(process: asyncio.subprocess.Process) -> None:
         process.terminate()
     try:
         await asyncio.wait_for(process.wait(), _STOP_TIMEOUT_S)
-    except TimeoutError:
+    except (TimeoutError, asyncio.CancelledError) as stopped:
         with suppress(ProcessLookupError):
             process.kill()
-        await process.wait()
-    except asyncio.CancelledError:
-        with suppress(ProcessLookupError):
-            process.kill()
-        raise
+        if isinstance(stopped, asyncio.CancelledError):
+            raise
+    finally:
+        await process.communicate()  # to the end of its pipes, so that nothing of it outlives the loop
 
 
 def _last_lines(log: Path) -> str:
