@@ -31,7 +31,7 @@ class Anchoring:
         self._compacts = True
 
     def stands(self, meta: Meta) -> None:
-        """A shard stands somewhere: said when a worker takes it over."""
+        """A shard stands somewhere: said when a worker begins to lead it."""
         self._say(Anchor.of(meta))
 
     def committed(self, shard: int, steps: list[Step]) -> None:

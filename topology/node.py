@@ -93,6 +93,7 @@ class Node:
         self.kept_together: list[Node] = []  # this one among them; empty: it writes by itself
         self.progressed = asyncio.Event()  # something was committed; set and cleared by `_commit`
         self.on_commit: list[Callable[[list[Step]], None]] = []
+        self.on_lead: list[Callable[[], None]] = []  # its own EPOCH is in force
         self.lead: Lead | None = None  # of a primary
         self.ends = Ends()
         self.next_diffs = 0  # the next offset to handle
@@ -308,6 +309,9 @@ class Node:
                 self._commit()
                 if self.lead is not None:
                     self.lead.meet_epoch(header)
+                    if self.lead.state is State.LEADING:
+                        for begin in self.on_lead:
+                            begin()
             case Void(reason=reason):
                 self.voids[reason] += 1
                 log.info("record_voided", topic=self.generation.diffs_topic, offset=offset, reason=reason)

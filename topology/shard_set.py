@@ -98,6 +98,7 @@ class ShardSet:
             self.splitting = Splitting(broker=self.broker, generation=self.generation, produce=split)
             for node in self.nodes:
                 node.on_commit.append(self._anchor(node, self.anchoring))
+                node.on_lead.append(self._anchor_first(node, self.anchoring))
 
     def _anchor(self, node: Node, anchoring: Anchoring) -> Callable[[list[Step]], None]:
         def say(steps: list[Step]) -> None:
@@ -105,6 +106,10 @@ class ShardSet:
                 anchoring.committed(node.shard, steps)
 
         return say
+
+    def _anchor_first(self, node: Node, anchoring: Anchoring) -> Callable[[], None]:
+        # Of what it followed up to here, whoever led before may not have come to say the last.
+        return lambda: anchoring.stands(node.committed_meta)
 
     def close(self) -> None:
         self._sealing.close()
@@ -126,9 +131,6 @@ class ShardSet:
         offsets = await asyncio.gather(*(node.start() for node in nodes))
         if self.shards > 1:
             log.info("shards_owned", shards=sorted(mine), of=self.shards)
-        if self.anchoring is not None:
-            for node in nodes:
-                self.anchoring.stands(node.committed_meta)
         return {
             (topic, node.shard): offset
             for node, by_topic in zip(nodes, offsets, strict=True)

@@ -312,6 +312,17 @@ def test_replica_becomes_the_primary(base: Sharded, whole: Sharded, tmp_path: Pa
     assert site.valid_ids() == whole.valid_ids()
 
 
+def test_lost_anchors_are_said_again(whole: Sharded, tmp_path: Path) -> None:
+    """A worker that takes shards over says where they stand, also where nothing follows and whoever led before did not
+    come to say it."""
+    site = copied(whole, tmp_path / "site")
+    root = site.here("root", node="p").ok()["root"]
+    site.cut("anchors", len(site.records("anchors")))
+    site.follow("primary", "q")
+
+    assert list(site.anchored().values()) == [root]
+
+
 def test_anchors_stay_bounded(tmp_path: Path) -> None:
     """The topic of anchors does not grow with the chain, also where the broker does not compact."""
     site = Sharded(tmp_path).begin(2)

@@ -183,6 +183,25 @@ SCENES = {
             ("follow.read", 1),
         ],
     ],
+    "shards": [
+        [
+            ("split.sent", 190),
+            ("propose.computed", 240),
+            ("propose.produced", 240),
+            ("propose.epoch", 2),
+            ("follow.read", 240),
+            ("store.before_write", 12),
+            ("store.after_write", 12),
+            ("archive.before_put", 4),
+            ("archive.after_put", 4),
+        ],
+        [
+            ("follow.read", 240),
+            ("follow.stepped", 240),
+            ("store.before_write", 12),
+            ("store.after_write", 12),
+        ],
+    ],
     "ingest": [
         [
             ("ingest.published", 50),
@@ -220,6 +239,7 @@ AGAIN = {
     "primary": [("propose.epoch", 1), ("follow.read", 1), ("store.before_write", 1)],
     "takeover": [("follow.read", 1), ("store.before_write", 1)],
     "replica": [("follow.read", 1), ("store.before_write", 1)],
+    "shards": [("propose.epoch", 1), ("follow.read", 1), ("store.before_write", 1)],
 }
 """What is sure to be passed again by a process that was killed half way."""
 

@@ -24,13 +24,14 @@ from typing import Any
 from walks import coin
 
 from pipeline import frame, journal
+from pipeline.anchors import AnchorBook, Joined, decode_anchor
 from pipeline.archive import Segment
 from pipeline.block import Block, BlockRef, Connect, Event, Op, Ops, Rewind
 from pipeline.errors import EventCorrupt
 from pipeline.frame import NO_HASH, Header
 from pipeline.generation import Generation, decode_opening
 from pipeline.inlet import EventReader, SourcePosition
-from pipeline.position import NO_WRITER, START, Meta, decode_meta
+from pipeline.position import NO_WRITER, START, Meta, Tip, decode_meta
 from pipeline.replica import Replica
 from pipeline.snapshot import decode_manifest
 from pipeline.sources.synthetic import SyntheticChain
@@ -50,6 +51,7 @@ from .processes import Command
 ROOT = Path(__file__).parents[2]
 GENERATION = Generation(generation=b"torture's blocks", chain_id="torture")
 """Always the same one, so that frame ids of two runs can be compared."""
+SHARDED = replace(GENERATION, shards=2)
 FINALITY = 8
 BLOCKS = 190
 REORG_EVERY = 17
@@ -201,10 +203,11 @@ class Site:
 
     def tear(self, node: str) -> None:
         """What a power cut does to a store: the end of its write-ahead log is gone."""
-        logs = sorted((self.path / node / "store").glob("*.log"))
-        if self.torn and logs:
-            size = logs[-1].stat().st_size
-            os.truncate(logs[-1], size - size * self.torn // 1000)
+        for store in store_paths(self.path / node):
+            logs = sorted(store.glob("*.log"))
+            if self.torn and logs:
+                size = logs[-1].stat().st_size
+                os.truncate(logs[-1], size - size * self.torn // 1000)
 
     def cut(self, topic: str, count: int) -> None:
         """What a power cut does to a broker that acknowledges too early: the end of a topic is gone."""
@@ -222,10 +225,12 @@ class Site:
 
     # The log, in this process
 
-    def publish(self, blocks: list[Block]) -> None:
+    def publish(self, blocks: list[Block], generation: Generation = GENERATION) -> None:
+        """``generation``: opened if there is none."""
+
         async def append(broker: Broker) -> None:
-            generation = await topics.current_generation(broker) or await topics.open_generation(broker, GENERATION)
-            publisher = source.Publisher(broker, generation, await source.read_position(broker, generation))
+            in_force = await topics.current_generation(broker) or await topics.open_generation(broker, generation)
+            publisher = source.Publisher(broker, in_force, await source.read_position(broker, in_force))
             for offer in source.offers(blocks):
                 await publisher.offer(offer)
             await publisher.flush()
@@ -248,12 +253,18 @@ class Site:
         """Everything here, by name."""
         found: dict[str, Any] = {}
         for folder in sorted(self.path.iterdir()):
-            if (folder / "store").is_dir():
-                found |= {f"{folder.name} {what}": held for what, held in _look_at_store(folder / "store").items()}
-                assert not (folder / "quarantine").exists(), folder
+            for store in store_paths(folder):
+                name = str(store.parent.relative_to(self.path))
+                found |= {f"{name} {what}": held for what, held in _look_at_store(store).items()}
+            assert not (folder / "quarantine").exists(), folder
         found |= self.with_broker(_look_at_log)
         found |= _look_at_objects(self.path / "objects")
         return found
+
+
+def store_paths(node: Path) -> list[Path]:
+    """The stores of a node: one, or one a shard."""
+    return [path for path in (node / "store", *sorted((node / "shards").glob("*/store"))) if path.is_dir()]
 
 
 def timeless(meta: Meta) -> Meta:
@@ -309,22 +320,40 @@ def _look_at_store(path: Path) -> dict[str, Any]:
 
 
 async def _look_at_log(broker: Broker) -> dict[str, Any]:
-    """The walk and the frames in force, as a reader finds them."""
+    """The walk, and of each shard the frames in force, as a reader finds them; where shards say that they stand."""
     generation = await topics.current_generation(broker)
     assert generation is not None
     found: dict[str, Any] = {"log events": await _events(broker, generation)}
-    records = [record async for record in topics.records(broker, generation.diffs_topic)]
-    if records:
+    tips: dict[tuple[int, int], Tip] = {}
+    for shard in range(generation.shards if generation.base is None else 0):
+        records = [record async for record in topics.records(broker, generation.diffs_topic, partition=shard)]
+        if not records:
+            continue
         opening = decode_opening(records[0].value)
         replica = Replica(MemoryStore(), opening.meta(offset=0, digest=frame.digest_of(records[0].value)))
         frames = []
-        if generation.base is None:
-            for record in records[1:]:
-                replica.step(record.value, record.offset)
-                if replica.meta.seq > len(frames):
-                    frames.append((replica.meta.seq, replica.meta.frame_id))
-            found |= {"log frames": frames, "log position": timeless(replica.meta)}
+        for record in records[1:]:
+            replica.step(record.value, record.offset)
+            if replica.meta.seq > len(frames):
+                frames.append((replica.meta.seq, replica.meta.frame_id))
+                tips[shard, replica.meta.seq] = replica.meta.tip
+        name = "log" if generation.shards == 1 else f"log shard {shard}"
+        found |= {f"{name} frames": frames, f"{name} position": timeless(replica.meta)}
+    if generation.shards > 1:
+        found["log anchors"] = await _anchored(broker, generation, tips)
     return found
+
+
+async def _anchored(broker: Broker, generation: Generation, tips: dict[tuple[int, int], Tip]) -> Joined | None:
+    """What the anchors say of all shards together. Every one must say what its shard's frames lead to."""
+    book = AnchorBook(generation.generation, generation.shards)
+    async for record in topics.records(broker, generation.anchors_topic):
+        anchor = decode_anchor(record.value)
+        if anchor.tip.seq > 0:
+            led = tips[anchor.shard, anchor.tip.seq]
+            assert (anchor.tip.ref, anchor.tip.root, anchor.tip.counts) == (led.ref, led.root, led.counts), anchor
+        book.feed(record.value)
+    return book.newest()
 
 
 async def _events(broker: Broker, generation: Generation) -> list[tuple[int, BlockRef, object]]:

@@ -17,7 +17,7 @@ import pytest
 from pipeline import failpoints
 
 from .points import Point, make_points, targets
-from .sites import GENERATION, HEIGHT, ROOT, Site, Templates, differences, make_blocks
+from .sites import GENERATION, HEIGHT, ROOT, SHARDED, Site, Templates, differences, make_blocks
 
 EARLY = 60
 """Height of the first snapshot's tip: what is restored above it needs archived frames too."""
@@ -35,6 +35,10 @@ def open_log(site: Site) -> None:
 
 def publish(site: Site) -> None:
     site.publish(make_blocks())
+
+
+def publish_for_shards(site: Site) -> None:
+    site.publish(make_blocks(), SHARDED)
 
 
 def lead(site: Site) -> None:
@@ -55,6 +59,7 @@ TEMPLATES: dict[str, tuple[str, Callable[[Site], None]]] = {
     "empty": ("", lambda site: None),
     "opened": ("", open_log),
     "published": ("", publish),
+    "sharded": ("", publish_for_shards),
     "led": ("published", lead),
     "followed": ("led", follow),
     "snapped": ("led", snapshot),
@@ -128,6 +133,12 @@ def lostblocks(site: Site, point: Point) -> None:
     site.step("snapshot", node="p")
 
 
+def shards(site: Site, point: Point) -> None:
+    """A primary and a replica of all shards: the splitter, a store each, anchors."""
+    site.run("p", "primary", "--until-idle")
+    site.run("r", "replica")
+
+
 def ingest(site: Site, point: Point) -> None:
     words = ["--blocks", "60", "--changes", "12", "--seed", "3", "--reorg-every", "15", "--interval-s", "0.00001"]
     site.step("ingest", "synthetic", *words, node="p")
@@ -163,6 +174,7 @@ SCENES: dict[str, tuple[str, Callable[[Site, Point], None]]] = {
     "lost": ("followed", lost),
     "lost2": ("followed", lost2),
     "lostblocks": ("followed", lostblocks),
+    "shards": ("sharded", shards),
     "ingest": ("opened", ingest),
     "base": ("empty", base),
     "whole": ("opened", whole),
