@@ -1,9 +1,8 @@
 """Snapshots: one position's whole state, as parts and the manifest that makes them exist.
 
-A **part** is an SST file of a contiguous run of storage keys, with its digest and its **partials**: the LtHash vectors
-of what it holds. Partials sum up to the vectors of the position, so whoever writes a snapshot audits its store, and a
-manifest can be checked without reading a part. Nothing exists until the **manifest** does: parts are put first,
-the manifest last, created if absent. A crash in between leaves parts that nobody names.
+Partials of the parts sum up to the vectors of the position, so a manifest can be checked without reading a part.
+Nothing exists until the **manifest** does: parts are put first, the manifest last, created if absent. A crash in
+between leaves parts that nobody names.
 
     CHAIN/GENERATION/snapshots/HEIGHT-ROOT/manifest.json              height with 12 digits, first 16 hex of the root
     CHAIN/GENERATION/snapshots/HEIGHT-ROOT/part-NNNNN-DIGEST.sst      number, first 16 hex of the digest
@@ -29,56 +28,28 @@ integers. Its fields:
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from blake3 import blake3
 
 from pipeline.archive import resume_record
-from pipeline.commitment import lthash
 from pipeline.diff import Vectors
 from pipeline.errors import AuditFailed, ManifestCorrupt, StoreCorrupt, Unsupported
 from pipeline.generation import Generation
+from pipeline.parts import Part, sum_parts
 from pipeline.position import Meta, Tip, decode_meta, encode_meta
-from pipeline.state import SCHEMAS, SCHEMAS_BY_NAME, key_group, schema_of_storage_key
-from pipeline.stores.rocksdb import named_errors
-from pipeline.stores.sst import SortedFile
-from pipeline.verify import Audited, audit, check_audit, combine
+from pipeline.state import SCHEMAS, SCHEMAS_BY_NAME, schema_of_storage_key
+from pipeline.verify import check_audit
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 
-PART_RAW_BYTES_MAX = 32 << 20
-"""Keys and values in one part before compression: a fetch that fails costs little, a state of 12 GB has 400 parts."""
-
 _NAME = re.compile(r"(.+)/([0-9a-f]{32})/snapshots/(\d{12,})-([0-9a-f]{16})/manifest\.json")
 _PART_NAME = re.compile(r"part-\d{5,}-([0-9a-f]{16})\.sst")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One file of a snapshot. Keys are storage keys, both inclusive; ``keys`` counts whole keys."""
-
-    name: str
-    size_bytes: int
-    digest: bytes
-    keys: int
-    first_key: bytes
-    last_key: bytes
-    partials: Mapping[int, bytes]  # vectors by table id
-
-    @property
-    def first_group(self) -> int:
-        return key_group(self.first_key)
-
-    @property
-    def last_group(self) -> int:
-        return key_group(self.last_key)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,85 +144,6 @@ def base_resume(generation: Generation, vectors: Vectors, counts: Mapping[int, i
         base_height=height,
         highest=height,
     )
-
-
-# Parts
-
-
-class WrittenPart(NamedTuple):
-    part: Part
-    path: Path
-
-
-def write_parts(
-    entries: Iterable[tuple[bytes, bytes]], folder: Path, *, raw_bytes_max: int = PART_RAW_BYTES_MAX
-) -> Iterator[WrittenPart]:
-    """Ascending (storage key, stored bytes) as parts in a folder, hashed as they are written.
-
-    Raises StoreCorrupt (out of order, malformed), DiskFull.
-    """
-    iterator = iter(entries)
-    last_key = b""
-    for number in itertools.count():
-        first = next(iterator, None)
-        if first is None:
-            return
-        if first[0] <= last_key:
-            raise StoreCorrupt(f"storage key {first[0].hex()} does not ascend")
-        draft = folder / f"part-{number:05d}.new"
-        writer = _PartWriter(draft, raw_bytes_max)
-        with named_errors(draft):
-            audited = audit(writer.through(itertools.chain((first,), iterator)))
-        last_key = writer.last_key
-        size = writer.file.finish()
-        digest = digest_file(draft)
-        part = Part(
-            name=f"part-{number:05d}-{digest[:8].hex()}.sst",
-            size_bytes=size,
-            digest=digest,
-            keys=audited.keys,
-            first_key=first[0],
-            last_key=last_key,
-            partials={table_id: vector for table_id, vector in audited.vectors.items() if vector != lthash.ZERO},
-        )
-        path = folder / part.name
-        draft.rename(path)
-        yield WrittenPart(part, path)
-
-
-class _PartWriter:
-    """Writes what passes through, up to the first storage key at which the part is full."""
-
-    def __init__(self, path: Path, raw_bytes_max: int) -> None:
-        self.file = SortedFile(path)
-        self.last_key = b""
-        self._left = raw_bytes_max
-
-    def through(self, entries: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
-        put, left = self.file.put, self._left
-        with named_errors(self.file.path):
-            for entry in entries:
-                key, value = entry
-                put(key, value)
-                self.last_key = key
-                yield entry
-                left -= len(key) + len(value)
-                if left <= 0:
-                    return
-
-
-def digest_file(path: Path) -> bytes:
-    """BLAKE3-256 of a file's bytes."""
-    hasher = blake3()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            hasher.update(piece)
-    return hasher.digest()
-
-
-def sum_parts(parts: Sequence[Part]) -> Audited:
-    """What the parts hold in all, by their partials."""
-    return combine(Audited(vectors=part.partials, keys=part.keys) for part in parts)
 
 
 def make_manifest(parts: Sequence[Part], resume: Meta) -> Manifest:

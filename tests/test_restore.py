@@ -21,9 +21,10 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.objects import LocalObjects, MemoryObjects
+from pipeline.parts import write_parts
 from pipeline.position import Meta
 from pipeline.restore import SUCCESSORS, SegmentObject, Stage, newest_names, plan
-from pipeline.snapshot import Manifest, ManifestName, encode_manifest, write_parts
+from pipeline.snapshot import Manifest, ManifestName, encode_manifest
 from pipeline.stores.base import PROOF_KEY
 from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import decode_proof

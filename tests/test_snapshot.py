@@ -12,15 +12,13 @@ from pipeline.commitment import lthash
 from pipeline.errors import AuditFailed, CoinsCorrupt, ManifestCorrupt, Unsupported, UsageError
 from pipeline.generation import Generation, Opening
 from pipeline.objects import LocalObjects, MemoryObjects
+from pipeline.parts import digest_file, sum_parts, write_parts
 from pipeline.snapshot import (
     Manifest,
     decode_manifest,
-    digest_file,
     encode_manifest,
     make_manifest,
     parse_manifest_name,
-    sum_parts,
-    write_parts,
 )
 from pipeline.state import UTXO
 from pipeline.stores.base import Batch

@@ -40,6 +40,7 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.objects import ObjectStore
+from pipeline.parts import Part, digest_file
 from pipeline.position import Meta, decode_meta, encode_meta
 from pipeline.restore import (
     Replay,
@@ -51,7 +52,7 @@ from pipeline.restore import (
     plan,
     settled,
 )
-from pipeline.snapshot import Manifest, ManifestName, Part, decode_manifest, digest_file, parse_manifest_name
+from pipeline.snapshot import Manifest, ManifestName, decode_manifest, parse_manifest_name
 from pipeline.stores.base import META_KEY, PROOF_KEY, Batch
 from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import Proof, encode_proof

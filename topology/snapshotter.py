@@ -23,20 +23,17 @@ from pipeline.diff import EMPTY_COUNTS
 from pipeline.errors import CoinsCorrupt, NotFound, UsageError
 from pipeline.generation import Generation
 from pipeline.objects import AlreadyThere, ObjectStore, open_objects
+from pipeline.parts import PART_RAW_BYTES_MAX, WrittenPart, sum_parts, write_parts
 from pipeline.position import BEFORE_FIRST_HEIGHT, Meta, decode_meta
 from pipeline.replica import Replica
 from pipeline.snapshot import (
     MANIFEST_FILE,
-    PART_RAW_BYTES_MAX,
     Manifest,
-    WrittenPart,
     base_resume,
     decode_manifest,
     encode_manifest,
     make_manifest,
     snapshot_folder,
-    sum_parts,
-    write_parts,
 )
 from pipeline.state import UTXO, Schema
 from pipeline.stores.base import META_KEY, Batch
