@@ -6,8 +6,9 @@ for ever, frame ids are made of its digests. Undoing is applying the inverted di
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from blake3 import blake3
 
@@ -24,6 +25,20 @@ Vectors = Mapping[int, bytes]
 
 EMPTY_COUNTS: dict[int, int] = dict.fromkeys(SCHEMAS, 0)
 EMPTY_VECTORS: Vectors = dict.fromkeys(SCHEMAS, lthash.ZERO)
+
+
+class Portion(NamedTuple):
+    """One of ``total`` portions into which each list of changes is cut, all of about one length."""
+
+    number: int
+    total: int
+
+    def of(self, items: Sequence[bytes]) -> Sequence[bytes]:
+        count = len(items)
+        return items[count * self.number // self.total : count * (self.number + 1) // self.total]
+
+
+WHOLE = Portion(0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,18 +76,23 @@ class Diff:
         """The vectors after this diff, from those before it: what a replica computes for itself."""
         return lthash.combine(vectors, self.gains())
 
-    def gains(self) -> dict[int, bytes]:
-        """What this diff adds to the vectors of the tables it changes."""
-        gains: dict[int, bytes] = {}
-        for table_id, table in self.tables.items():
-            accumulator = lthash.Accumulator()
-            accumulator.add(lthash.elements(table_id, table.created_keys, table.created_values))
-            accumulator.subtract(lthash.elements(table_id, table.deleted_keys, table.deleted_befores))
-            if table.updated_keys:
-                accumulator.add(lthash.elements(table_id, table.updated_keys, table.updated_afters))
-                accumulator.subtract(lthash.elements(table_id, table.updated_keys, table.updated_befores))
-            gains[table_id] = accumulator.vector()
-        return gains
+    def gains(self, portions: Iterable[Portion] = (WHOLE,)) -> dict[int, bytes]:
+        """What this diff adds to the vectors of the tables it changes; or what some portions of it add: those of all
+        portions of one cut sum up to the whole (`lthash.combine`)."""
+        accumulators = {table_id: lthash.Accumulator() for table_id in self.tables}
+        for portion in portions:
+            for table_id, table in self.tables.items():
+                accumulator = accumulators[table_id]
+
+                def elements(keys: Sequence[bytes], values: Sequence[bytes]) -> list[bytes]:
+                    return lthash.elements(table_id, portion.of(keys), portion.of(values))  # noqa: B023
+
+                accumulator.add(elements(table.created_keys, table.created_values))
+                accumulator.subtract(elements(table.deleted_keys, table.deleted_befores))
+                if table.updated_keys:
+                    accumulator.add(elements(table.updated_keys, table.updated_afters))
+                    accumulator.subtract(elements(table.updated_keys, table.updated_befores))
+        return {table_id: accumulator.vector() for table_id, accumulator in accumulators.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,6 @@ into a frame. So the next block is read and netted while this one is hashed.
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from pipeline import chunk, frame, walk
@@ -25,7 +24,7 @@ from pipeline.errors import Fenced, SeqConflict, WalkInvalid
 from pipeline.frame import Header, Kind
 from pipeline.position import LogMark, Meta, Tip
 from pipeline.replica import Applied, Ended, Next, Outcome, Reign, Replica, Step, as_whole
-from pipeline.seal import Seal, Sealer, seal_at_once
+from pipeline.seal import Pending, Seal, Sealer, seal_at_once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +54,7 @@ class _Draft:
     header: Header
     effect: Effect
     counts: dict[int, int]
-    sealing: Future[Seal]
+    sealing: Pending
 
 
 def epoch_frame(meta: Meta, writer: bytes) -> bytes:
@@ -137,7 +136,7 @@ class Primary:
         return any(isinstance(begun, _Draft) for begun in self._begun)
 
     @property
-    def sealing(self) -> Future[Seal] | None:
+    def sealing(self) -> Pending | None:
         """What `finish` would wait for."""
         oldest = self._begun[0] if self._begun else None
         return oldest.sealing if isinstance(oldest, _Draft) else None

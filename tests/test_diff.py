@@ -15,6 +15,7 @@ from pipeline.diff import (
     EMPTY_COUNTS,
     EMPTY_VECTORS,
     Diff,
+    Portion,
     decode_reference_body,
     decode_whole_body,
     join_tables,
@@ -52,6 +53,17 @@ def vectors_of(state: State) -> dict[int, bytes]:
     accumulator = lthash.Accumulator()
     accumulator.add(lthash.elements(1, list(state), list(state.values())) if state else [])
     return {1: accumulator.vector()}
+
+
+@given(states, states, st.integers(1, 12))
+def test_portions_sum_up(before: State, after: State, total: int) -> None:
+    """Gains made portion by portion, in any order and by whomever, are those of the whole."""
+    diff = between(before, after)
+    gains = dict.fromkeys(diff.tables, lthash.ZERO)
+    for number in reversed(range(total)):
+        gains = lthash.combine(gains, diff.gains([Portion(number, total)]))
+
+    assert gains == diff.gains() == diff.gains(Portion(number, total) for number in range(total))
 
 
 @given(states, states)

@@ -207,8 +207,8 @@ class Lead:
             self._begun.clear()
             await self._begun.wait()
         primary = self.primary
-        if primary.sealing is not None:
-            await asyncio.wait([asyncio.wrap_future(primary.sealing)])
+        while (sealing := primary.sealing) is not None and not sealing.done():
+            await self._sealing.advance(sealing)
             if self.primary is not primary:
                 return []
         try:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from pipeline.codec import Codec
+from pipeline.delta import table_diff
+from pipeline.diff import Diff
 from pipeline.errors import StateferryError
+from pipeline.seal import Shared, seal
+from pipeline.state import UTXO, Change
 from tests.topology.commands import Site, finish, same_state, wait_until
+from topology.sealing import Sealing
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found through /proc")
 
@@ -25,6 +33,68 @@ def is_running(process_id: int) -> bool:
         return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.fixture
+def sealing() -> Iterator[Sealing]:
+    one = Sealing()
+    yield one
+    one.close()
+
+
+def coin(txid: int, index: int) -> bytes:
+    return txid.to_bytes(32, "big") + index.to_bytes(4, "big")
+
+
+def diffs(*sizes: int) -> list[Diff]:
+    """Coins that come into being, so many a diff; some are spent in the next one."""
+    found: list[Diff] = []
+    for number, size in enumerate(sizes):
+        new = [Change(coin(at, number + 1), None, bytes([at % 251]) * (at % 70)) for at in range(size)]
+        old = [Change(coin(at, number), b"spent", None) for at in range(size // 2)]
+        changes = sorted(new + old)
+        found.append(Diff(tables={UTXO.table_id: table_diff(UTXO, changes)}))
+    return found
+
+
+NOTHING_SHARED: Shared = {UTXO.table_id: frozenset()}
+
+
+@pytest.mark.parametrize("portions_here", [0, 1, 3, 1000])
+def test_seals_are_the_same_wherever_they_are_made(sealing: Sealing, portions_here: int) -> None:
+    """However many portions of the gains the worker makes while it waits; more blocks than are shared out at a time."""
+    blocks = diffs(*[180, 200, 201, 3000] * 6)
+    pending = [sealing.submit(diff, NOTHING_SHARED, Codec.ZSTD) for diff in blocks]
+    helped = sum(sealing.help() for _ in range(portions_here))
+
+    for diff, one in zip(blocks, pending, strict=True):
+        assert one.result() == seal(diff, NOTHING_SHARED, Codec.ZSTD)
+        assert one.done()
+    assert not sealing.help()
+    assert helped == portions_here or (portions_here == 1000 and helped > 12)
+
+
+def test_waiting_leaves_the_loop_its_turns(sealing: Sealing) -> None:
+    """Whoever waits for a seal in a loop helps with it, a portion a turn, and others have theirs."""
+    (diff,) = diffs(20_000)
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        counting = asyncio.create_task(count_turns())
+        pending = sealing.submit(diff, NOTHING_SHARED, Codec.NONE)
+        while not pending.done():
+            await sealing.advance(pending)
+        counting.cancel()
+        assert pending.result() == seal(diff, NOTHING_SHARED, Codec.NONE)
+
+    asyncio.run(main())
+    assert turns > 10
 
 
 def test_sealing_process_is_killed(tmp_path: Path) -> None:
