@@ -86,6 +86,7 @@ async def find_events(broker: Broker, generation: Generation, replica: Replica) 
             after = stood_at((await broker.read(topic, shard, mark.next_offset - 1, bytes_max=1))[0].value)
         return mark.next_offset, _reader(generation, shard, after=after, previous_digest=mark.last_digest or NO_HASH)
     log.warning("blocks_log_shorter", stored_offset=mark.next_offset, end_offset=end)
+    await topics.check_begins(broker, topic, shard)
     position = SourcePosition(generation)
     reader = _reader(generation, shard, with_ops=False)
     last, follow_on = NO_HASH, first

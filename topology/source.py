@@ -46,7 +46,8 @@ class Published(NamedTuple):
 
 
 async def read_position(broker: Broker, generation: Generation) -> SourcePosition:
-    """Where the walk on the topic stands."""
+    """Where the walk on the topic stands. Raises OffsetOutOfRange if the topic's beginning was deleted."""
+    await topics.check_begins(broker, generation.blocks_topic)
     position = SourcePosition(generation)
     reader = EventReader(generation.generation, with_ops=False)
     async for record in topics.records(broker, generation.blocks_topic):

@@ -118,6 +118,21 @@ def test_start_behind_deleted_records(site: Site) -> None:
     assert site.meta("r").tip.height == MORE - 1
 
 
+def test_blocks_without_their_beginning(site: Site) -> None:
+    """Whoever followed them goes on; where their walk stands is not known any more to a source, nor to a primary that
+    finds their end lost as well."""
+    delete(site, "blocks", 2)
+    site.follow_both()
+    refused = site.here("ingest", "bitcoin", site.folder / "more.hex", node="source").failed(OffsetOutOfRange)
+    assert "blocks[0]" in refused and "generation new" in refused
+
+    if not site.place.is_kafka:  # where a topic that is made anew begins at offset 0 again
+        site.cut("blocks", 1)
+        assert "generation new" in site.here("run", "--role", "primary", "--until-idle", node="p").failed(
+            OffsetOutOfRange
+        )
+
+
 def test_new_replica_behind_deleted_records(site: Site) -> None:
     """There is nothing to begin from on the topic; from a snapshot there is, where it reaches what is left."""
     delete(site, "diffs", FINALITY + 1)
