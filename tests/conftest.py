@@ -1,11 +1,18 @@
-"""For all tests: the brokers; and properties judged by what they find, not by how long a busy machine takes."""
+"""For all tests: the brokers, and which test runs where; and properties judged by what they find, not by how long a
+busy machine takes."""
 
 from __future__ import annotations
 
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 from tests.kafka.fixtures import (  # noqa: F401
     broker_server,
+    kafka_names,
     kafka_server,
     kafka_servers,
     on_kafka,
@@ -16,3 +23,37 @@ from tests.kafka.fixtures import (  # noqa: F401
 
 settings.register_profile("stateferry", deadline=None)
 settings.load_profile("stateferry")
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist looks for the groups in this hook too
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Every test runs on the embedded log and on one Kafka: the versions take turns through a file. On all of them run
+    the suites of the transports, where they may differ, and everything if KAFKA_VERSIONS names them.
+
+    What a file has for one broker goes to one process, because it is built on the same fixtures; but points of torture
+    stand alone, and whatever needs three brokers uses the same three.
+    """
+    found: dict[tuple[str, Path], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        broker = _broker(item)
+        found[broker, item.path].append(item)
+        if not (item.get_closest_marker("torture") or item.get_closest_marker("xdist_group")):
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {broker}".strip()))
+    if os.environ.get("KAFKA_VERSIONS"):
+        return
+    versions = kafka_names()
+    left = {
+        item
+        for (broker, path), of_file in found.items()
+        if broker in versions and path.parent.name != "transports"
+        for at, item in enumerate(of_file)
+        if at % len(versions) != versions.index(broker)
+    }
+    config.hook.pytest_deselected(items=[item for item in items if item in left])
+    items[:] = [item for item in items if item not in left]
+
+
+def _broker(item: pytest.Item) -> str:
+    """The shared broker that a test runs on, by its name; empty: none."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return str(params.get("broker_server") or params.get("kafka_server") or "")

@@ -7,22 +7,21 @@ its tests are skipped, except with CI=true, where they fail.
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import secrets
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from tests.kafka.cluster import Cluster
 from tests.kafka.proxy import Proxy
 from tests.kafka.server import JAVA_QUICK, VERSION_DEFAULT, VERSIONS, Behind, Server, free_port, missing_tools
+from tests.kafka.shared import run_folder, shared
 
 IN_CI = os.environ.get("CI") == "true"
 EMBEDDED = "embedded"
@@ -72,39 +71,10 @@ class Shared(NamedTuple):
     behind: list[Behind]
 
 
-@contextmanager
-def shared_server(folder: Path, version: str) -> Iterator[Shared]:
-    """A broker that all processes of a test run share.
-
-    Every user holds a shared lock; the last one, which gets it alone, ends the broker.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    state = folder / "server.json"
-    with (folder / "USERS").open("w") as users, (folder / "STARTING").open("w") as starting:
-        fcntl.flock(starting, fcntl.LOCK_EX)
-        fcntl.flock(users, fcntl.LOCK_SH)
-        if not state.exists():
-            behind = [Behind(free_port(), free_port()) for _ in range(PROXIES)]
-            server = Server(folder / secrets.token_hex(4), version, behind=behind, java=JAVA_QUICK)
-            server.start()
-            assert server.process is not None
-            facts = {"bootstrap": server.bootstrap, "behind": behind, "pid": server.process.pid}
-            state.write_text(json.dumps(facts))
-        found = json.loads(state.read_text())
-        fcntl.flock(starting, fcntl.LOCK_UN)
-        try:
-            yield Shared(found["bootstrap"], [Behind(*each) for each in found["behind"]])
-        finally:
-            fcntl.flock(users, fcntl.LOCK_UN)
-            with suppress(BlockingIOError):
-                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                state.unlink(missing_ok=True)
-                os.kill(found["pid"], signal.SIGKILL)  # its data goes with the folder
-
-
-def server_folder(factory: pytest.TempPathFactory, version: str) -> Path:
-    base = factory.getbasetemp()
-    return (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / f"kafka-{version}"
+def _start(version: str, folder: Path) -> tuple[int, Any]:
+    behind = [Behind(free_port(), free_port()) for _ in range(PROXIES)]
+    server = Server(folder, version, behind=behind, java=JAVA_QUICK)
+    return server.start(), (server.bootstrap, behind)
 
 
 class Servers:
@@ -132,8 +102,9 @@ class Servers:
         if name not in self._found:
             need_tools()
             version = name.removeprefix("kafka-")
-            server = shared_server(server_folder(self._factory, version), version)
-            self._found[name] = self._running.enter_context(server)
+            server = shared(run_folder(self._factory) / name, partial(_start, version))
+            bootstrap, behind = self._running.enter_context(server)
+            self._found[name] = Shared(bootstrap, [Behind(*each) for each in behind])
         return self._found[name]
 
 

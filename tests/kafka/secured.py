@@ -6,22 +6,16 @@ One listener each for what a client may meet; ``PLAINTEXT`` is the administrator
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import json
-import os
-import secrets
-import signal
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.protocol.admin import CreateAclsRequest
 
 from tests.kafka.certificates import Authority
-from tests.kafka.server import START_TIMEOUT_S, VERSION_DEFAULT, Server, free_port, jars
+from tests.kafka.server import JAVA_QUICK, START_TIMEOUT_S, VERSION_DEFAULT, Server, free_port, jars
 from topology.acls import Grant
 
 LISTENERS: Final = {
@@ -52,7 +46,7 @@ class SecuredServer(Server):
     """A broker with all `LISTENERS`, and an authorizer that allows nothing but what ACLs say."""
 
     def __init__(self, folder: Path, version: str = VERSION_DEFAULT) -> None:
-        super().__init__(folder, version)
+        super().__init__(folder, version, java=JAVA_QUICK)
         self.ports = {name: free_port() for name in LISTENERS}
         self.authority = Authority(folder / "authority", "tests")
         for user in USERS:
@@ -112,7 +106,6 @@ class Secured(NamedTuple):
     folder: Path
     port: int
     ports: dict[str, int]
-    pid: int
 
     @property
     def admin_url(self) -> str:
@@ -150,30 +143,10 @@ class Secured(NamedTuple):
         return found
 
 
-@contextmanager
-def secured_server(folder: Path, version: str) -> Iterator[Secured]:
-    """A broker that all processes of a test run share: the last one that holds the lock ends it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = folder / "secured.json"
-    with (folder / "USERS").open("w") as users, (folder / "STARTING").open("w") as starting:
-        fcntl.flock(starting, fcntl.LOCK_EX)
-        fcntl.flock(users, fcntl.LOCK_SH)
-        if not state.exists():
-            server = SecuredServer(folder / secrets.token_hex(4), version)
-            server.start()
-            assert server.process is not None
-            state.write_text(json.dumps([str(server.folder), server.port, server.ports, server.process.pid]))
-        at, *rest = json.loads(state.read_text())
-        found = Secured(Path(at), *rest)
-        fcntl.flock(starting, fcntl.LOCK_UN)
-        try:
-            yield found
-        finally:
-            fcntl.flock(users, fcntl.LOCK_UN)
-            with suppress(BlockingIOError):
-                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                state.unlink(missing_ok=True)
-                os.kill(found.pid, signal.SIGKILL)  # its data goes with the folder
+def start_secured(version: str, folder: Path) -> tuple[int, Any]:
+    """For `shared`: a broker of a version, and what a `Secured` is made of."""
+    server = SecuredServer(folder, version)
+    return server.start(), (str(folder), server.port, server.ports)
 
 
 def grant(server: Secured, principal: str, grants: Sequence[Grant]) -> None:

@@ -137,8 +137,9 @@ class Server:
     def log(self) -> Path:
         return self.folder / "server.log"
 
-    def start(self) -> None:
-        """Start, and wait until it takes connections. Raises RuntimeError with the end of its log."""
+    def start(self) -> int:
+        """Start, and wait until it takes connections. Returns its process id; raises RuntimeError with the end of its
+        log."""
         properties = self.folder / "server.properties"
         if not properties.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -152,6 +153,7 @@ class Server:
                 self.kill()
                 raise RuntimeError(f"Kafka {self.version} did not start:\n{self.log.read_text()[-4000:]}")
             time.sleep(0.05)
+        return self.process.pid
 
     def _properties(self) -> dict[str, object]:
         copies = len(self._peers)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.kafka.fixtures import kafka_versions, need_tools
-from tests.kafka.secured import Secured, secured_server
+from tests.kafka.secured import Secured, start_secured
 from tests.kafka.server import VERSION_DEFAULT
+from tests.kafka.shared import run_folder, shared
 
 
 @pytest.fixture(scope="session")
@@ -21,13 +23,13 @@ def secured_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callab
         pytest.skip("a broker that runs already has none of these listeners")
     need_tools()
     found: dict[str, Secured] = {}
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
     with ExitStack() as running:
 
         def server(version: str) -> Secured:
             if version not in found:
-                found[version] = running.enter_context(secured_server(shared / f"secured-{version}", version))
+                folder = run_folder(tmp_path_factory) / f"secured-{version}"
+                at, *rest = running.enter_context(shared(folder, partial(start_secured, version)))
+                found[version] = Secured(Path(at), *rest)
             return found[version]
 
         yield server

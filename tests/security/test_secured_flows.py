@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import pytest
 from pipeline.errors import AccessDenied, LoginRefused
 from tests.chains import block_files
 from tests.kafka.secured import USERS, Secured, grant, password_of
+from tests.processes import ROOT
 from tests.security.users import coming_as, site_on
-from tests.topology.commands import Done, Site, command, finish, same_state
+from tests.topology.commands import Done, Site, command, environment, finish, same_state
 from topology import settings
 from topology.acls import grants_of
 from topology.commands.common import ask_broker
@@ -78,7 +81,14 @@ def test_no_secret_is_shown(secured: Secured, tmp_path: Path) -> None:
     run(["topics", "describe"], refused).failed(LoginRefused)
     settings_of_replica = secured.settings("SASL_SSL", "replica")
     with coming_as(site, settings_of_replica) as user:
-        running = user.start("run", "--role", "replica", node="r", env=settings_of_replica)
+        running = subprocess.Popen(  # a new program, not a fork of one: its command line and environment are looked at
+            [sys.executable, "-m", "topology", "run", "--role", "replica", *user.options("r")],
+            cwd=ROOT,
+            env=environment(**settings_of_replica),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     site.wait_for("r", running)
     shown.append(Path(f"/proc/{running.pid}/cmdline").read_text())
     shown.append(Path(f"/proc/{running.pid}/environ").read_text())

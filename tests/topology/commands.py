@@ -35,13 +35,13 @@ from pipeline.position import Meta, decode_meta
 from pipeline.stores.base import META_KEY
 from pipeline.stores.rocksdb import RocksStore
 from tests.kafka.fixtures import Place
+from tests.processes import ROOT, Command
 from tests.transports.log import Log
 from topology import control, worker
 from topology.cli import cli
 from topology.transports.base import TopicSpec
 from topology.transports.sqlite_file import OFFSET_BITS
 
-ROOT = Path(__file__).parents[2]
 _RUN = secrets.token_hex(8)
 WAIT_S = 60.0
 """A condition that does not come true within this has failed: on a busy machine everything here takes seconds."""
@@ -79,20 +79,13 @@ def environment(**extra: str) -> dict[str, str]:
     return bare | {"PYTHONPATH": str(ROOT)} | extra
 
 
-def start(*args: object, env: dict[str, str] | None = None, file_kib_max: int | None = None) -> subprocess.Popen[str]:
-    """A command in a process of its own. ``file_kib_max``: no file it writes gets longer."""
-    limit = [] if file_kib_max is None else ["sh", "-c", f'ulimit -f {file_kib_max * 2}; exec "$@"', "sh"]
-    return subprocess.Popen(
-        [*limit, sys.executable, "-m", "topology", *map(str, args)],
-        cwd=ROOT,
-        env=environment(**(env or {})),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(*args: object, env: dict[str, str] | None = None, file_bytes_max: int | None = None) -> Command:
+    """A command in a process of its own. ``file_bytes_max``: no file it writes gets longer."""
+    environ = environment(**(env or {}))
+    return Command(*map(str, args), environment=environ, folder=ROOT, file_bytes_max=file_bytes_max)
 
 
-def finish(process: subprocess.Popen[str]) -> Done:
+def finish(process: Command) -> Done:
     """Wait for a command's end."""
     try:
         stdout, stderr = process.communicate(timeout=WAIT_S)
@@ -135,7 +128,7 @@ def _document(stdout: str) -> Any:
     return json.loads(stdout) if stdout.startswith(("{", "[")) else None
 
 
-def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+def wait_until(holds: Callable[[], bool], process: Command | None = None) -> None:
     """Until a condition is true; a process that ends before it is a failure."""
     deadline_s = time.monotonic() + WAIT_S
     while not holds():
@@ -177,11 +170,11 @@ class Site:
     def command(self, *args: object, node: str = "p", **kwargs: Any) -> Done:
         return command(*args, *self.options(node), **kwargs)
 
-    def start(self, *args: object, node: str = "p", **kwargs: Any) -> subprocess.Popen[str]:
+    def start(self, *args: object, node: str = "p", **kwargs: Any) -> Command:
         return start(*args, *self.options(node), **kwargs)
 
     @contextlib.contextmanager
-    def running(self, role: str, node: str, *args: object, **kwargs: Any) -> Iterator[subprocess.Popen[str]]:
+    def running(self, role: str, node: str, *args: object, **kwargs: Any) -> Iterator[Command]:
         """A worker that answers; ended by SIGTERM, with exit code 0, if it still runs."""
         process = self.start("run", "--role", role, *args, node=node, **kwargs)
         try:
@@ -195,15 +188,13 @@ class Site:
                 process.kill()
                 process.communicate()
 
-    def wait_for(self, node: str, process: subprocess.Popen[str] | None = None, **wanted: object) -> Any:
+    def wait_for(self, node: str, process: Command | None = None, **wanted: object) -> Any:
         """Until a running worker's status has these values; the status."""
         return self.wait_for_status(
             node, process, lambda status: all(status.get(name) == value for name, value in wanted.items())
         )
 
-    def wait_for_status(
-        self, node: str, process: subprocess.Popen[str] | None, wanted: Callable[[dict[str, Any]], bool]
-    ) -> Any:
+    def wait_for_status(self, node: str, process: Command | None, wanted: Callable[[dict[str, Any]], bool]) -> Any:
         """Until a running worker's status is as wanted; the status."""
         path, found = self.dir(node) / "control.sock", {}
 
@@ -245,7 +236,7 @@ class Site:
     def follow_both(self, *args: object) -> tuple[Any, Any]:
         return self.follow("primary", "p", *args), self.follow("replica", "r", *args)
 
-    def put_to_sleep(self, process: subprocess.Popen[str]) -> None:
+    def put_to_sleep(self, process: Command) -> None:
         """Stop a worker until it gets SIGCONT, at a time when it does not hold the embedded log's lock."""
         process.send_signal(signal.SIGSTOP)
         while not self.place.is_kafka and self._is_log_locked():

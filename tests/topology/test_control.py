@@ -13,7 +13,8 @@ import pytest
 
 from pipeline.errors import NotFound, UsageError
 from tests.chains import block_files, expected
-from tests.topology.commands import ROOT, Site, finish, wait_until
+from tests.processes import ROOT
+from tests.topology.commands import Site, finish, wait_until
 
 STEPS = expected("mainnet_0_599")
 NODES = ("p", "r")

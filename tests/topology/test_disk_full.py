@@ -11,7 +11,7 @@ from tests.topology.commands import Site, same_state
 
 BLOCKS, CHANGES = 60, 1000
 SYNTHETIC = ("ingest", "synthetic", "--blocks", BLOCKS, "--changes", CHANGES, "--seed", 5)
-LIMIT_KIB = 1024
+LIMIT_BYTES = 1 << 20
 """Of one file. The log of this chain, and the write-ahead log of its store, are several times as long."""
 
 
@@ -22,7 +22,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Site:
     site.here(*SYNTHETIC).ok()
     published = site.copy(site.folder.parent / "published")
     site.follow_both("--finality", 10)
-    assert site.log.stat().st_size > 4 * LIMIT_KIB << 10
+    assert site.log.stat().st_size > 4 * LIMIT_BYTES
     site.here("snapshot").ok()
     assert published.log.exists()
     return site
@@ -31,7 +31,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Site:
 def test_ingest(tmp_path: Path, whole: Site) -> None:
     """What was acknowledged stays; the same command publishes the rest."""
     site = Site(tmp_path / "site")
-    site.command(*SYNTHETIC, file_kib_max=LIMIT_KIB).failed(DiskFull)
+    site.command(*SYNTHETIC, file_bytes_max=LIMIT_BYTES).failed(DiskFull)
     said = site.here(*SYNTHETIC).ok()
     assert (said["connected"] + said["skipped"], said["walk"]) == (BLOCKS, BLOCKS)
     site.follow_both("--finality", 10)
@@ -40,12 +40,12 @@ def test_ingest(tmp_path: Path, whole: Site) -> None:
     same_state(site, ["p", "r"])
 
 
-@pytest.mark.parametrize("limit_kib", [LIMIT_KIB, 2 * LIMIT_KIB])
-def test_primary(limit_kib: int, whole: Site, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit_bytes", [LIMIT_BYTES, 2 * LIMIT_BYTES])
+def test_primary(limit_bytes: int, whole: Site, tmp_path: Path) -> None:
     """Where the log, or the store, cannot grow, the primary stops; it ends in the state of the run with room."""
     site = Site(whole.folder.parent / "published").copy(tmp_path / "site")
     run = ("run", "--role", "primary", "--finality", 10, "--until-idle")
-    site.command(*run, file_kib_max=limit_kib).failed(DiskFull)
+    site.command(*run, file_bytes_max=limit_bytes).failed(DiskFull)
     site.follow_both()
 
     assert site.content("r") == whole.content("r") and site.frame_ids() == whole.frame_ids()
@@ -55,7 +55,7 @@ def test_primary(limit_kib: int, whole: Site, tmp_path: Path) -> None:
 def test_replica(whole: Site, tmp_path: Path) -> None:
     """A replica's store cannot grow: what it committed is whole."""
     site = whole.copy(tmp_path / "site")
-    site.command("run", "--role", "replica", "--until-idle", node="late", file_kib_max=LIMIT_KIB).failed(DiskFull)
+    site.command("run", "--role", "replica", "--until-idle", node="late", file_bytes_max=LIMIT_BYTES).failed(DiskFull)
     meta = site.meta("late")
     assert 0 <= meta.tip.height < BLOCKS - 1
     assert site.here("verify", node="late").ok()["verified_height"] == meta.tip.height
@@ -69,7 +69,7 @@ def test_snapshot(whole: Site, tmp_path: Path) -> None:
     site = whole.copy(tmp_path / "site")
     for manifest in site.objects.rglob("manifest.json"):
         manifest.unlink()
-    site.command("snapshot", file_kib_max=256).failed(DiskFull)
+    site.command("snapshot", file_bytes_max=256 << 10).failed(DiskFull)
     assert site.here("status").ok()["snapshots"] == []
     assert not (site.dir("p") / "snapshotting").exists()
     taken = site.here("snapshot").ok()
@@ -81,7 +81,7 @@ def test_snapshot(whole: Site, tmp_path: Path) -> None:
 def test_restore(whole: Site, tmp_path: Path) -> None:
     """There is no store until all of it is there; the same command goes on."""
     site = whole.copy(tmp_path / "site")
-    site.command("restore", node="restored", file_kib_max=256).failed(DiskFull)
+    site.command("restore", node="restored", file_bytes_max=256 << 10).failed(DiskFull)
     assert not (site.dir("restored") / "store").exists()
     assert site.here("restore", node="restored").ok()["proof"] == "proven"
     site.follow("replica", "restored")

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from tests.topology.commands import Site, finish, same_state
+from tests.topology.commands import Site, finish, same_state, wait_until
 
 pytestmark = pytest.mark.usefixtures("each_broker")
 
@@ -42,7 +42,7 @@ def test_sigterm_ends_a_busy_worker(site: Site) -> None:
         for role, node, point in (("primary", "p", "propose.computed"), ("replica", "r", "follow.read"))
     ]
     for worker in busy:
-        os.waitid(os.P_PID, worker.pid, os.WSTOPPED | os.WNOWAIT)
+        wait_until(lambda worker=worker: worker.is_stopped, worker)
         worker.send_signal(signal.SIGTERM)
         worker.send_signal(signal.SIGCONT)
     for worker in busy:

@@ -4,7 +4,6 @@ log still holds, or named with the way out. No offset is ever reset."""
 from __future__ import annotations
 
 import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from pipeline.errors import NotFound, OffsetOutOfRange
 from tests.chains import load_blocks, write_hex_lines
+from tests.processes import Command
 from tests.topology.commands import Site, finish, same_state
 
 pytestmark = pytest.mark.usefixtures("each_broker")
@@ -40,7 +40,7 @@ def site(base: Site, tmp_path: Path) -> Site:
 
 
 @contextmanager
-def asleep(process: subprocess.Popen[str], site: Site) -> Iterator[None]:
+def asleep(process: Command, site: Site) -> Iterator[None]:
     """A node that reads nothing meanwhile."""
     site.put_to_sleep(process)
     try:

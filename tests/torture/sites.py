@@ -40,13 +40,13 @@ from pipeline.stores.memory import MemoryStore
 from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import decode_proof
 from tests.kafka.fixtures import Place
+from tests.processes import Command
 from topology import source, topics
 from topology.transports.base import Broker
 from topology.transports.factory import open_broker
 from topology.transports.sqlite_file import OFFSET_BITS
 
 from .points import Kill
-from .processes import Command
 
 ROOT = Path(__file__).parents[2]
 GENERATION = Generation(generation=b"torture's blocks", chain_id="torture")
@@ -151,9 +151,9 @@ class Site:
         try:
             code = command.wait(TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            command.send(signal.SIGKILL)
-            raise AssertionError(f"{command.words} with {kill} did not end: {command.told()}") from None
-        told = f"{command.words} with {kill} ended with {code}: {command.told()}"
+            command.send_signal(signal.SIGKILL)
+            raise AssertionError(f"{command.args} with {kill} did not end: {command.told()}") from None
+        told = f"{command.args} with {kill} ended with {code}: {command.told()}"
         if kill is None:
             assert code == 0, told
         elif kill.helper:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StateferryError
+from tests.processes import Command
 from topology import control
 
-from .processes import Command
 from .sites import FINALITY, TIMEOUT_S, Site
 
 SESSION_TIMEOUT_S = 3
@@ -69,15 +69,15 @@ class Worker:
         wait_until(is_stopped, f"{self.node} did not come to its fail point")
 
     def freeze(self) -> None:
-        self.process.send(signal.SIGSTOP)
+        self.process.send_signal(signal.SIGSTOP)
 
     def go_on(self) -> None:
-        self.process.send(signal.SIGCONT)
+        self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         if self.process.returncode is None:
             self.was_killed = True
-            self.process.send(signal.SIGKILL)
+            self.process.send_signal(signal.SIGKILL)
             self.process.wait(TIMEOUT_S)
 
     def status(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Worker:
 
     def end(self) -> None:
         """SIGTERM, and the end that follows."""
-        self.process.send(signal.SIGTERM)
+        self.process.send_signal(signal.SIGTERM)
         try:
             code = self.process.wait(TIMEOUT_S)
         except subprocess.TimeoutExpired:
