@@ -188,16 +188,18 @@ def decode_opening(data: bytes) -> Opening:
     return Opening(generation=_generation(fields.get("generation")), finality=finality, shard=decoded.header.shard)
 
 
-def encode_end(successor: Generation, *, epoch: int, writer: bytes, generation: bytes, chain_id: str) -> bytes:
-    """The GENERATION frame that ends a partition of ``generation``. It is valid as an EPOCH is: ``epoch`` is the one
-    in force + 1."""
+def encode_end(successor: Generation, ended: Generation, *, shard: int = 0, epoch: int, writer: bytes) -> bytes:
+    """The GENERATION frame that ends a partition of ``ended``. It is valid as an EPOCH is: ``epoch`` is the one in
+    force + 1."""
     header = Header(
         kind=Kind.GENERATION,
         codec=Codec.NONE,
-        generation=generation,
+        generation=ended.generation,
         epoch=epoch,
         writer=writer,
-        chain_id=chain_id,
+        shard=shard,
+        shards=ended.shards,
+        chain_id=ended.chain_id,
         table_roots={},
     )
     return frame.encode(header, msgpack.packb(_fields(successor), use_bin_type=True))

@@ -52,15 +52,19 @@ class WrittenPart(NamedTuple):
 
 
 def write_parts(
-    entries: Iterable[tuple[bytes, bytes]], folder: Path, *, raw_bytes_max: int = PART_RAW_BYTES_MAX
+    entries: Iterable[tuple[bytes, bytes]],
+    folder: Path,
+    *,
+    first_number: int = 0,
+    raw_bytes_max: int = PART_RAW_BYTES_MAX,
 ) -> Iterator[WrittenPart]:
-    """Ascending (storage key, stored bytes) as parts in a folder, hashed as they are written.
+    """Ascending (storage key, stored bytes) as parts in a folder, numbered and hashed as they are written.
 
     Raises StoreCorrupt (out of order, malformed), DiskFull.
     """
     iterator = iter(entries)
     last_key = b""
-    for number in itertools.count():
+    for number in itertools.count(first_number):
         first = next(iterator, None)
         if first is None:
             return

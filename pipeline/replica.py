@@ -36,6 +36,9 @@ from pipeline.position import Meta, Tip, encode_meta
 from pipeline.stores.base import META_KEY, Batch, Store
 from pipeline.verify import check_result, follows
 
+MEETING_BLOCKS = 128
+"""Final blocks that the journal of a shard keeps beside what finality needs: two segments of the archive. So far apart
+may shards stand and still be taken back, and forward with what is archived, to one height."""
 _STEP_BYTES = 8 << 10
 """What a step keeps beside its writes and its frame: header, vectors, position. Most of what a small block costs."""
 
@@ -374,6 +377,8 @@ class Replica:
         """Drop what finality, and the archive where this node feeds one, no longer need. ``undo``: what is written with
         ``meta``, to which the deletions are added. Returns the meta that says so, and lets those that follow say so."""
         bound = min(meta.final_height, meta.archived_to - 1) if self._archives else meta.final_height
+        if meta.shards > 1:
+            bound -= MEETING_BLOCKS
         height, first = meta.journal_first_height, meta.journal_first_seq
         while height <= min(bound, meta.tip.height):
             seq = self._accepted_seq_at(height, undo)

@@ -2,6 +2,7 @@
 
 A plan is decided first, from names and manifests alone: the newest snapshot at or below the height wanted, then the
 archived segments that lead on from it. Without any snapshot, the archive is enough where it begins at the first block.
+Several shards are restored together, all to one height: each by its own segments, as far as those of every shard lead.
 
 The stages, in their order; each is taken up again after a crash:
 
@@ -21,6 +22,7 @@ will be read again, and are repeats.
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -77,13 +79,19 @@ class SegmentObject(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestorePlan:
-    """``manifest`` None: from the empty state before the first block. ``segments`` lead from there to ``height``."""
+    """``manifest`` None: from the empty state before the first block. ``segments`` lead every shard from there to
+    ``height``."""
 
     chain_id: str
     generation: bytes
     height: int
     manifest: Manifest | None
     segments: tuple[SegmentObject, ...]
+    shards: int = 1
+
+    def segments_of(self, shard: int) -> list[SegmentObject]:
+        """In the order of their heights."""
+        return [segment for segment in self.segments if segment.name.shard == shard]
 
     @property
     def size_bytes(self) -> int:
@@ -100,7 +108,7 @@ class RestorePlan:
     def frames(self) -> int:
         """How many archived frames will be applied; one more or less where a chain begins above height 0."""
         start = self.segments[0].name.first if self.manifest is None else self.manifest.height + 1
-        return self.height - start + 1
+        return (self.height - start + 1) * self.shards
 
 
 def newest_names(names: Iterable[ManifestName], height: int | None) -> list[ManifestName]:
@@ -123,9 +131,15 @@ def newest_names(names: Iterable[ManifestName], height: int | None) -> list[Mani
     return list(newest.values())
 
 
-def plan(manifests: Sequence[Manifest], segments: Sequence[SegmentObject], height: int | None = None) -> RestorePlan:
+def plan(
+    manifests: Sequence[Manifest],
+    segments: Sequence[SegmentObject],
+    height: int | None = None,
+    *,
+    shards: Mapping[bytes, int],
+) -> RestorePlan:
     """How to get to ``height`` (None: as far as the archive leads), all of one chain. Newer generations are
-    preferred, then newer snapshots. Raises NotFound, naming what is missing."""
+    preferred, then newer snapshots. ``shards``: of each generation. Raises NotFound, naming what is missing."""
     numbers = {manifest.generation: manifest.generation_number for manifest in manifests}
     starts: list[tuple[int, int, bytes, Manifest | None]] = [
         (manifest.generation_number, manifest.height, manifest.generation, manifest)
@@ -138,18 +152,27 @@ def plan(manifests: Sequence[Manifest], segments: Sequence[SegmentObject], heigh
     missing = ""
     for _, at, generation, manifest in sorted(starts, key=lambda start: start[:3], reverse=True):
         here = [segment for segment in segments if segment.name.generation == generation]
+        by_shard = [[one for one in here if one.name.shard == shard] for shard in range(shards[generation])]
         if manifest is None:
             at = min(segment.name.first for segment in here) - 1
             if height is not None and height <= at:
                 missing = missing or f": the archive begins at height {at + 1}"
                 continue
-        hops, reached = _lead(here, at, height)
-        if height is None or reached == height:
-            chain_id = here[0].name.chain_id if manifest is None else manifest.chain_id
+        reaches = [lead(one, at, height)[1] for one in by_shard]
+        reached = min(reaches)
+        if reached == height or (height is None and (manifest is not None or reached > at)):
+            hops = [lead(one, at, reached)[0] for one in by_shard]
             return RestorePlan(
-                chain_id=chain_id, generation=generation, height=reached, manifest=manifest, segments=tuple(hops)
+                chain_id=here[0].name.chain_id if manifest is None else manifest.chain_id,
+                generation=generation,
+                height=reached,
+                manifest=manifest,
+                segments=tuple(itertools.chain.from_iterable(hops)),
+                shards=len(by_shard),
             )
-        missing = missing or f": from height {at} the archive leads to {reached}, block {reached + 1} is missing"
+        of_shard = f" of shard {reaches.index(reached)}" if len(by_shard) > 1 else ""
+        block = f"block {reached + 1}{of_shard} is missing"
+        missing = missing or f": from height {at} the archive leads to {reached}, {block}"
     wanted = "any height" if height is None else f"height {height}"
     raise NotFound(
         f"nothing in the object store leads to {wanted}{missing or ': no snapshot and no archive is there'}",
@@ -157,7 +180,7 @@ def plan(manifests: Sequence[Manifest], segments: Sequence[SegmentObject], heigh
     )
 
 
-def _lead(segments: Sequence[SegmentObject], at: int, height: int | None) -> tuple[list[SegmentObject], int]:
+def lead(segments: Sequence[SegmentObject], at: int, height: int | None) -> tuple[list[SegmentObject], int]:
     """The fewest segments that lead on from the block at ``at``, and how far they reach."""
     hops: list[SegmentObject] = []
     while height is None or at < height:
@@ -274,6 +297,12 @@ class Replay:
         meta, where = self.meta, f"block {header.ref} on {tip.ref}"
         if (header.chain_id, header.generation) != (meta.chain_id, meta.generation):
             raise SegmentCorrupt("an archived frame is of another chain or generation", where=where)
+        if (header.shard, header.shards) != (meta.shard, meta.shards):
+            raise SegmentCorrupt(
+                f"an archived frame is of shard {header.shard} of {header.shards}, this store is {meta.shard} of "
+                f"{meta.shards}",
+                where=where,
+            )
         if tip.ref is None and header.parent_hash != NO_HASH:
             raise NotFound(
                 f"the archive begins at height {header.ref.height}, above the first block, and no snapshot is below it",

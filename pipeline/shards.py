@@ -89,6 +89,8 @@ def sum_vectors(parts: Iterable[Vectors]) -> dict[int, bytes]:
 def join_tips(tips: Sequence[Tip]) -> Tip:
     """The tip of all shards, from those of each at one seq."""
     first = tips[0]
+    if len(tips) == 1:
+        return first
     assert all((tip.ref, tip.seq) == (first.ref, first.seq) for tip in tips), [(tip.ref, tip.seq) for tip in tips]
     counts = {table_id: sum(tip.counts.get(table_id, 0) for tip in tips) for table_id in EMPTY_COUNTS}
     return Tip(ref=first.ref, vectors=sum_vectors(tip.vectors for tip in tips), seq=first.seq, counts=counts)
@@ -100,15 +102,20 @@ def stand_together(metas: Sequence[Meta]) -> bool:
     return all((meta.seq, meta.tip.ref) == (first.seq, first.tip.ref) for meta in metas)
 
 
+def check_all_here(metas: Sequence[Meta]) -> None:
+    """Raises NotFound unless there is a position for every shard."""
+    if [meta.shard for meta in metas] != list(range(metas[0].shards)):
+        raise NotFound(
+            f"shards {[meta.shard for meta in metas]} of {metas[0].shards} are here, and not all",
+            way_out="ask a replica, which holds all of them",
+        )
+
+
 def join_metas(metas: Sequence[Meta]) -> Meta:
     """The position of all shards, from that of each: vectors and counts summed; links, epochs and offsets are the
     first shard's. Raises NotFound unless they stand together, and are all there are."""
     first = metas[0]
-    if [meta.shard for meta in metas] != list(range(first.shards)):
-        raise NotFound(
-            f"shards {[meta.shard for meta in metas]} of {first.shards} are here, and not all",
-            way_out="ask a replica, which holds all of them",
-        )
+    check_all_here(metas)
     if len(metas) == 1:
         return first
     if not stand_together(metas):

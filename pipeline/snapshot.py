@@ -7,6 +7,9 @@ between leaves parts that nobody names.
     CHAIN/GENERATION/snapshots/HEIGHT-ROOT/manifest.json              height with 12 digits, first 16 hex of the root
     CHAIN/GENERATION/snapshots/HEIGHT-ROOT/part-NNNNN-DIGEST.sst      number, first 16 hex of the digest
 
+With several shards there is one manifest all the same: their parts follow each other, as their keys do, and it names
+for each shard where it goes on from. All stand at one seq, so their vectors add up to those of the whole state.
+
 A manifest is canonical JSON: UTF-8, one object, keys sorted, no spaces, bytes in lower-case hex, no other number than
 integers. Its fields:
 
@@ -14,15 +17,16 @@ integers. Its fields:
     chain, generation, generation_number, shards, finality
     counts              keys by table name
     digest              BLAKE3-256 of this object's canonical JSON without this field
-    format              1
+    format              1; 2 with several shards
     height, hash, root, walk     the position; hash is in hashing order
     keys                all parts' keys
     minimum_reader      the lowest format version that a reader must know
-    parts               in ascending order of keys:
+    parts               in ascending order of keys; none has keys of two shards:
         name, bytes, digest (BLAKE3-256), keys, first_key, last_key (storage keys), first_group, last_group,
         partials        vectors by table name; a table without keys in the part is left out
     resume              the `Meta` from which to go on, encoded as stores encode it: seq, frame id, epochs, and of both
-                        topics the next offset with the digest of the record before it
+                        topics the next offset with the digest of the record before it. With several shards it is
+                        `resumes`, one for each in their order
     vectors             by table name
 """
 
@@ -30,7 +34,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,14 +42,16 @@ from blake3 import blake3
 
 from pipeline.archive import resume_record
 from pipeline.diff import Vectors
-from pipeline.errors import AuditFailed, ManifestCorrupt, StoreCorrupt, Unsupported
+from pipeline.errors import AuditFailed, ManifestCorrupt, StoreCorrupt, Unsupported, UsageError
 from pipeline.generation import Generation
 from pipeline.parts import Part, sum_parts
 from pipeline.position import Meta, Tip, decode_meta, encode_meta
+from pipeline.shards import check_shards, groups_of, join_tips, shard_of, stand_together
 from pipeline.state import SCHEMAS, SCHEMAS_BY_NAME, schema_of_storage_key
 from pipeline.verify import check_audit
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that this build reads. It writes the lowest one that says what there is to say."""
 MANIFEST_FILE = "manifest.json"
 
 _NAME = re.compile(r"(.+)/([0-9a-f]{32})/snapshots/(\d{12,})-([0-9a-f]{16})/manifest\.json")
@@ -54,35 +60,48 @@ _PART_NAME = re.compile(r"part-\d{5,}-([0-9a-f]{16})\.sst")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A snapshot. ``resume`` holds the position, the vectors and the links; the rest of it is for readers."""
+    """A snapshot. ``resumes`` hold the position, the vectors and the links of each shard; the rest is for readers.
 
-    resume: Meta
+    * The shards stand at one block and one seq. `tip` is that of all of them.
+    """
+
+    resumes: tuple[Meta, ...]
     parts: tuple[Part, ...]
-    minimum_reader: int = FORMAT_VERSION
 
     @property
     def chain_id(self) -> str:
-        return self.resume.chain_id
+        return self.resumes[0].chain_id
 
     @property
     def generation(self) -> bytes:
-        return self.resume.generation
+        return self.resumes[0].generation
 
     @property
     def generation_number(self) -> int:
-        return self.resume.generation_number
+        return self.resumes[0].generation_number
+
+    @property
+    def finality(self) -> int:
+        return self.resumes[0].finality
+
+    @property
+    def shards(self) -> int:
+        return len(self.resumes)
 
     @property
     def tip(self) -> Tip:
-        return self.resume.tip
+        return join_tips([resume.tip for resume in self.resumes])
 
     @property
     def height(self) -> int:
-        return self.resume.tip.height
+        return self.resumes[0].tip.height
 
     @property
     def root(self) -> bytes:
-        return self.resume.tip.root
+        return self.tip.root
+
+    def parts_of(self, shard: int) -> list[Part]:
+        return parts_of(self.parts, shard, self.shards)
 
     @property
     def keys(self) -> int:
@@ -131,8 +150,13 @@ def parse_manifest_name(name: str) -> ManifestName | None:
     return parsed if str(parsed) == name else None
 
 
-def base_resume(generation: Generation, vectors: Vectors, counts: Mapping[int, int], finality: int) -> Meta:
-    """The meta of a base state at `Generation.base`: nothing of either topic was read."""
+def parts_of(parts: Iterable[Part], shard: int, shards: int) -> list[Part]:
+    """The parts whose first key is a shard's."""
+    return [part for part in parts if part.first_group in groups_of(shard, shards)]
+
+
+def base_resume(generation: Generation, shard: int, vectors: Vectors, counts: Mapping[int, int], finality: int) -> Meta:
+    """The meta of a shard's base state at `Generation.base`: nothing of either topic was read."""
     assert generation.base is not None
     height = generation.base.height
     return Meta(
@@ -140,16 +164,20 @@ def base_resume(generation: Generation, vectors: Vectors, counts: Mapping[int, i
         generation=generation.generation,
         generation_number=generation.number,
         finality=finality,
+        shard=shard,
+        shards=generation.shards,
         tip=Tip(ref=generation.base, vectors=vectors, seq=0, counts=counts),
         base_height=height,
         highest=height,
     )
 
 
-def make_manifest(parts: Sequence[Part], resume: Meta) -> Manifest:
-    """The manifest of parts that were just written. Raises AuditFailed unless they sum up to the position."""
-    check_audit(sum_parts(parts), resume.tip)
-    return Manifest(resume=resume_record(resume), parts=tuple(parts))
+def make_manifest(parts: Sequence[Part], resumes: Sequence[Meta]) -> Manifest:
+    """The manifest of parts that were just written. Raises AuditFailed unless those of each shard sum up to its
+    position."""
+    for resume in resumes:
+        check_audit(sum_parts(parts_of(parts, resume.shard, resume.shards)), resume.tip)
+    return Manifest(resumes=tuple(map(resume_record, resumes)), parts=tuple(parts))
 
 
 # Manifests
@@ -180,13 +208,14 @@ def decode_manifest(data: bytes) -> Manifest:
             way_out=f"this build reads {FORMAT_VERSION}: upgrade",
         )
     try:
+        resumes = [fields["resume"]] if fields["shards"] == 1 else fields["resumes"]
         manifest = Manifest(
-            resume=decode_meta(bytes.fromhex(fields["resume"])),
+            resumes=tuple(decode_meta(bytes.fromhex(resume)) for resume in resumes),
             parts=tuple(map(_part, fields["parts"])),
-            minimum_reader=int(fields["minimum_reader"]),
         )
+        _check_resumes(manifest.resumes)
         same = _fields(manifest) == fields
-    except (KeyError, TypeError, ValueError, AttributeError, StoreCorrupt) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, StoreCorrupt, UsageError) as error:
         raise ManifestCorrupt(f"a manifest is malformed: {error!r}") from error
     if not same:
         raise ManifestCorrupt("the fields of a manifest do not agree with each other")
@@ -199,19 +228,21 @@ def _canonical(fields: Mapping[str, Any]) -> bytes:
 
 
 def _fields(manifest: Manifest) -> dict[str, Any]:
-    resume, tip = manifest.resume, manifest.resume.tip
-    return {
+    resume, tip = manifest.resumes[0], manifest.tip
+    version = 1 if manifest.shards == 1 else 2
+    resumes = [encode_meta(one).hex() for one in manifest.resumes]
+    return ({"resume": resumes[0]} if version == 1 else {"resumes": resumes}) | {
         "bytes": manifest.size_bytes,
         "chain": resume.chain_id,
         "counts": {SCHEMAS[table_id].name: count for table_id, count in tip.counts.items()},
         "finality": resume.finality,
-        "format": FORMAT_VERSION,
+        "format": version,
         "generation": resume.generation.hex(),
         "generation_number": resume.generation_number,
         "hash": tip.block_hash.hex(),
         "height": tip.height,
         "keys": manifest.keys,
-        "minimum_reader": manifest.minimum_reader,
+        "minimum_reader": version,
         "parts": [
             {
                 "bytes": part.size_bytes,
@@ -226,9 +257,8 @@ def _fields(manifest: Manifest) -> dict[str, Any]:
             }
             for part in manifest.parts
         ],
-        "resume": encode_meta(resume).hex(),
         "root": tip.root.hex(),
-        "shards": resume.shards,
+        "shards": manifest.shards,
         "vectors": _by_name(tip.vectors),
         "walk": resume.walk,
     }
@@ -256,6 +286,17 @@ def _part(fields: Any) -> Part:
     return part
 
 
+def _check_resumes(resumes: Sequence[Meta]) -> None:
+    """Raises ValueError unless there is one for each shard, all of one history and at one position."""
+    check_shards(len(resumes))
+    for shard, resume in enumerate(resumes):
+        if (resume.shard, resume.shards) != (shard, len(resumes)):
+            raise ValueError(f"resume record {shard} of {len(resumes)} is of shard {resume.shard} of {resume.shards}")
+    histories = {(one.chain_id, one.generation, one.generation_number, one.finality) for one in resumes}
+    if len(histories) > 1 or not stand_together(resumes):
+        raise ValueError("the shards are not of one history, or do not stand at one block")
+
+
 def _check(manifest: Manifest) -> None:
     """What holds between the parts and the position. Raises ManifestCorrupt."""
     last = b""
@@ -265,10 +306,13 @@ def _check(manifest: Manifest) -> None:
                 schema_of_storage_key(key)
             if not last < part.first_key <= part.last_key:
                 raise ManifestCorrupt(f"part {part.name} is out of order, or overlaps the one before")
+            if shard_of(part.first_key, manifest.shards) != shard_of(part.last_key, manifest.shards):
+                raise ManifestCorrupt(f"part {part.name} has keys of several shards")
             last = part.last_key
-        found = sum_parts(manifest.parts)
-        check_audit(found, manifest.tip)
+        for resume in manifest.resumes:
+            found = sum_parts(manifest.parts_of(resume.shard))
+            check_audit(found, resume.tip)
+            if found.keys != sum(resume.tip.counts.values()):
+                raise ManifestCorrupt(f"the parts of a manifest have {found.keys} keys, its position another number")
     except (StoreCorrupt, AuditFailed, ValueError, KeyError) as error:
         raise ManifestCorrupt(f"the parts of a manifest do not make its state: {error}") from error
-    if found.keys != sum(manifest.tip.counts.values()):
-        raise ManifestCorrupt(f"the parts of a manifest have {found.keys} keys, its position another number")

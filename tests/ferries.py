@@ -69,7 +69,7 @@ class Ferry:
 
     def snapshot(self, height: int | None = None) -> Manifest:
         return take_snapshot(
-            self.copy(), self.folder / "scratch", self.objects, height=height, part_raw_bytes_max=SMALL_PART_BYTES
+            [self.copy()], self.folder / "scratch", self.objects, height=height, part_raw_bytes_max=SMALL_PART_BYTES
         )
 
     def content_at(self, height: int) -> Content:

@@ -55,16 +55,15 @@ def record_with(**changes: Any) -> bytes:
 def test_round_trip(generation: Generation) -> None:
     """A generation comes back from its record and from both frames that carry it."""
     opening = Opening(generation=replace(generation, shards=4), finality=7, shard=3)
-    end = encode_end(generation, epoch=3, writer=b"w" * 16, generation=b"0" * 16, chain_id="main")
+    ended = Generation(generation=b"0" * 16, chain_id="main", shards=4)
+    end = encode_end(generation, ended, shard=2, epoch=3, writer=b"w" * 16)
 
     assert decode_generation(encode_generation(generation)) == generation
     assert decode_opening(encode_opening(opening)) == opening
     assert decode_end(frame.decode(end).body) == generation
-    assert (frame.peek(end).kind, frame.peek(end).epoch, frame.peek(end).generation) == (
-        Kind.GENERATION,
-        3,
-        b"0" * 16,
-    )
+    header = frame.peek(end)
+    assert (header.kind, header.epoch, header.generation) == (Kind.GENERATION, 3, b"0" * 16)
+    assert (header.shard, header.shards) == (2, 4)
 
 
 def test_opening_is_where_a_store_begins() -> None:

@@ -24,6 +24,7 @@ from pipeline.diff import Diff, decode_reference_body, decode_whole_body
 from pipeline.frame import Feature, Header, Kind
 from pipeline.generation import Generation, decode_end, decode_generation, decode_opening
 from pipeline.position import LogMark, Meta, decode_meta
+from pipeline.snapshot import decode_manifest, encode_manifest
 from pipeline.state import UTXO, Change
 from pipeline.verify import audit, check_audit
 
@@ -49,6 +50,8 @@ DIGESTS = {
     "generation_first": "54e61230ec07d691",
     "generation_second": "58adda2699ee13bc",
     "journal_entry": "1b1e52944fbbcc30",
+    "manifest": "62d2d45012461ac5",
+    "manifest_of_shards": "0e1e00808c526f48",
     "meta": "f22ed1b706b82951",
     "stored": "7ce693adab240ea2",
 }
@@ -247,6 +250,20 @@ def test_journal_entry() -> None:
     assert entry.before.tip.root == ROOTS[1]
     assert (entry.before.seq, entry.before.walk, entry.before.tip.ref) == (2, 2, APPLY_1.ref)
     assert entry.diff().inverted().tables[1].changes() == CHANGES
+
+
+@pytest.mark.parametrize(("name", "shards"), [("manifest", 1), ("manifest_of_shards", 2)])
+def test_manifests(name: str, shards: int) -> None:
+    """Three coins in three parts, of one shard and of two, under one name; the bytes are written alike."""
+    manifest = decode_manifest(golden(name))
+    first, last = manifest.resumes[0], manifest.resumes[-1]
+
+    assert manifest.name == f"walk/{(b'g' * 16).hex()}/snapshots/000000000009-d2a599d9a98ef291/manifest.json"
+    assert [len(manifest.parts_of(shard)) for shard in range(shards)] == ([3] if shards == 1 else [2, 1])
+    assert (manifest.keys, manifest.size_bytes, manifest.tip.counts) == (3, 3003, {1: 3})
+    assert (manifest.tip.ref, manifest.tip.seq, first.walk) == (BlockRef(9, b"9" * 32), 11, 12)
+    assert (last.shard, last.shards, last.epoch, last.diffs.next_offset) == (shards - 1, shards, shards, 19 + shards)
+    assert encode_manifest(manifest) == golden(name)
 
 
 def test_meta_and_stored_entries() -> None:

@@ -140,7 +140,7 @@ def unnumbered(kind: Kind, epoch: int, **changes: Any) -> bytes:
 
 
 SUCCESSOR = Generation(generation=b"n" * 16, chain_id="walk", number=2, previous=GENERATION.generation)
-END = encode_end(SUCCESSOR, epoch=2, writer=b"v" * 16, generation=GENERATION.generation, chain_id="walk")
+END = encode_end(SUCCESSOR, GENERATION, epoch=2, writer=b"v" * 16)
 CHUNK = chunk.cut(
     NEXT, generation=GENERATION.generation, epoch=1, writer=b"w" * 16, number=3, record_bytes_max=len(NEXT) - 1
 )

@@ -30,7 +30,8 @@ from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import decode_proof
 from tests.ferries import Ferry, Killed, held, kill_at, make_ferry, opened
 from tests.walks import GENERATION, Node, content
-from topology.restorer import Progress, plan_restore, restore
+from topology.restore_plans import Request, plan_restore
+from topology.restorer import Progress, restore
 
 __all__ = ["kill_at"]
 
@@ -87,7 +88,7 @@ def test_every_height(ferry: Ferry, tmp_path: Path) -> None:
         heights if os.environ.get("STATEFERRY_ALL_HEIGHTS") else {*heights[::9], *heights[60:68], heights[-1]}
     ):
         data_dir = tmp_path / str(height)
-        restored = restore(ferry.objects, data_dir, height=height, claimed=True)
+        restored = restore(ferry.objects, data_dir, Request(height=height), claimed=True)
         meta, state = held(data_dir)
         header = ferry.headers[height]
 
@@ -103,7 +104,7 @@ def test_every_height(ferry: Ferry, tmp_path: Path) -> None:
 def test_newest_and_proven(ferry: Ferry, tmp_path: Path) -> None:
     """Without a height it goes as far as the archive leads, and proves what it has."""
     seen: list[Progress] = []
-    restored = restore(ferry.objects, tmp_path, progress=seen.append)
+    restored = restore(ferry.objects, tmp_path, Request(), progress=seen.append)
 
     assert restored.ref.height == ferry.node.meta.final_height
     assert restored.proof.proven
@@ -117,7 +118,7 @@ def test_newest_and_proven(ferry: Ferry, tmp_path: Path) -> None:
 
 def test_claimed_stays_claimed(ferry: Ferry, tmp_path: Path) -> None:
     """Only hashing every key makes a state proven."""
-    restore(ferry.objects, tmp_path, claimed=True)
+    restore(ferry.objects, tmp_path, Request(), claimed=True)
 
     with opened(tmp_path) as store:
         assert not decode_proof(store.get_meta(PROOF_KEY)).proven
@@ -127,7 +128,7 @@ def test_from_the_archive_alone(ferry: Ferry, objects: LocalObjects, tmp_path: P
     """Without any snapshot, segments from the first block on are enough; with a hole, they are not."""
     for manifest in ferry.manifests:
         objects.delete(manifest.name)
-    restored = restore(objects, tmp_path / "restored")
+    restored = restore(objects, tmp_path / "restored", Request())
 
     assert restored.proof.proven
     assert restored.ref.height == ferry.node.meta.final_height
@@ -135,7 +136,7 @@ def test_from_the_archive_alone(ferry: Ferry, objects: LocalObjects, tmp_path: P
     first = next(info.name for info in objects.list() if parse_segment_name(info.name))
     objects.delete(first)
     with pytest.raises(NotFound, match="first block"):
-        restore(objects, tmp_path / "other")
+        restore(objects, tmp_path / "other", Request())
     assert not (tmp_path / "other" / "store").exists()
 
 
@@ -158,11 +159,11 @@ def test_flipped_bits(ferry: Ferry, objects: LocalObjects, tmp_path: Path, at: i
         for one in objects_seen:
             objects.delete(one.name)
         with pytest.raises(error) as caught:
-            restore(objects, tmp_path / "restored", height=height)
+            restore(objects, tmp_path / "restored", Request(height=height))
         assert name in caught.value.where
         assert not (tmp_path / "restored" / "store").exists()
         edit(objects, name, flip(at))
-    restored = restore(objects, tmp_path / "restored", height=manifest.height)
+    restored = restore(objects, tmp_path / "restored", Request(height=manifest.height))
     assert restored.proof.proven
 
 
@@ -174,17 +175,17 @@ def test_foreign_objects(ferry: Ferry, objects: LocalObjects, tmp_path: Path) ->
     own = objects.get(part)
     edit(objects, part, lambda _: foreign)
     with pytest.raises(PartCorrupt):
-        restore(objects, tmp_path / "restored", height=one.height)
+        restore(objects, tmp_path / "restored", Request(height=one.height))
     edit(objects, part, lambda _: own)
     edit(objects, one.name, lambda _: ferry.objects.get(other.name))
     with pytest.raises(ManifestCorrupt, match="another name"):
-        restore(objects, tmp_path / "restored", height=one.height)
+        restore(objects, tmp_path / "restored", Request(height=one.height))
     for manifest in ferry.manifests:
         objects.delete(manifest.name)
     names = [info.name for info in objects.list() if parse_segment_name(info.name)]
     edit(objects, names[0], lambda _: ferry.objects.get(names[1]))
     with pytest.raises(SegmentCorrupt, match="another's name"):
-        restore(objects, tmp_path / "restored", height=10)
+        restore(objects, tmp_path / "restored", Request(height=10))
 
 
 def test_a_part_of_another_state(ferry: Ferry, tmp_path: Path) -> None:
@@ -205,10 +206,10 @@ def test_a_part_of_another_state(ferry: Ferry, tmp_path: Path) -> None:
         objects.put_new(lie.part_name(part), files[part.name])
 
     with pytest.raises((AuditFailed, StateferryError)) as caught:
-        restore(objects, tmp_path / "restored")
+        restore(objects, tmp_path / "restored", Request())
     assert caught.value.name in ("AuditFailed", "StoreCorrupt")
     assert not (tmp_path / "restored" / "store").exists()
-    assert not restore(objects, tmp_path / "restored", claimed=True).proof.proven
+    assert not restore(objects, tmp_path / "restored", Request(), claimed=True).proof.proven
 
 
 def test_a_part_that_is_no_sorted_file(ferry: Ferry, tmp_path: Path) -> None:
@@ -226,7 +227,7 @@ def test_a_part_that_is_no_sorted_file(ferry: Ferry, tmp_path: Path) -> None:
         objects.put_new(lie.part_name(part), garbage)
 
     with pytest.raises(PartCorrupt, match="cannot be taken in"):
-        restore(objects, tmp_path)
+        restore(objects, tmp_path, Request())
     assert not (tmp_path / "store").exists()
     assert not (tmp_path / "restoring").exists()
 
@@ -247,12 +248,12 @@ def _with_first_value_changed(data: bytes, folder: Path) -> tuple[bytes, bytes]:
 
 def test_not_empty(ferry: Ferry, tmp_path: Path) -> None:
     """What is there is not overwritten."""
-    restore(ferry.objects, tmp_path, height=5, claimed=True)
+    restore(ferry.objects, tmp_path, Request(height=5), claimed=True)
     before = held(tmp_path)
 
     for height in (5, 6, None):
         with pytest.raises(NotEmpty):
-            restore(ferry.objects, tmp_path, height=height)
+            restore(ferry.objects, tmp_path, Request(height=height))
     assert held(tmp_path) == before
 
 
@@ -261,7 +262,7 @@ def test_an_unborn_store_is_none(ferry: Ferry, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "LOG").touch()
 
-    assert restore(ferry.objects, tmp_path, height=5, claimed=True).ref.height == 5
+    assert restore(ferry.objects, tmp_path, Request(height=5), claimed=True).ref.height == 5
 
 
 PLACES = [
@@ -280,21 +281,21 @@ def test_killed_for_real(ferry: Ferry, tmp_path: Path, place: str, hit: int) -> 
     height = ferry.manifests[1].height + 5
     code = (
         "import sys; from pathlib import Path; from pipeline.objects import open_objects;"
-        "from topology.restorer import restore; from topology.settings import arm_failpoint;"
+        "from topology.restorer import Request, restore; from topology.settings import arm_failpoint;"
         "arm_failpoint(sys.argv[1]);"
-        "restore(open_objects(sys.argv[2]), Path(sys.argv[3]), height=int(sys.argv[4]))"
+        "restore(open_objects(sys.argv[2]), Path(sys.argv[3]), Request(height=int(sys.argv[4])))"
     )
     url, data_dir = f"file://{ferry.objects_path}", tmp_path / "restored"
     arguments = [f"{place}:{hit}", url, str(data_dir), str(height)]
     killed = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=False)
     assert killed.returncode == -9
     here = {path.name for path in data_dir.glob("restoring/parts/*.sst")}
-    restored = restore(ferry.objects, data_dir, height=height)
+    restored = restore(ferry.objects, data_dir, Request(height=height))
 
     assert restored.proof.proven
     assert held(data_dir)[1] == ferry.content_at(height)
     manifest = ferry.manifests[1]
-    needed = plan_restore(ferry.objects, height=height).size_bytes
+    needed = plan_restore(ferry.objects, Request(height=height)).size_bytes
     if place in ("restore.planned", "restore.part_fetched"):
         kept = sum(part.size_bytes for part in manifest.parts if part.name in here)
         assert restored.fetched_bytes <= needed - kept
@@ -307,8 +308,8 @@ def test_another_request_starts_over(ferry: Ferry, tmp_path: Path, kill_at: Call
     """What an interrupted restore left is of no use to another request."""
     kill_at("restore.frame_applied", 1)
     with pytest.raises(Killed):
-        restore(ferry.objects, tmp_path, height=ferry.manifests[1].height + 3)
-    restored = restore(ferry.objects, tmp_path, height=7, claimed=True)
+        restore(ferry.objects, tmp_path, Request(height=ferry.manifests[1].height + 3))
+    restored = restore(ferry.objects, tmp_path, Request(height=7), claimed=True)
 
     assert restored.ref.height == 7
     assert held(tmp_path)[1] == ferry.content_at(7)
@@ -318,13 +319,13 @@ def test_what_is_missing_is_named(ferry: Ferry, objects: LocalObjects, tmp_path:
     """Heights above the archive, other chains, and lost parts."""
     top = ferry.node.meta.final_height
     with pytest.raises(NotFound, match=f"block {top + 1} is missing"):
-        restore(objects, tmp_path / "restored", height=top + 1)
+        restore(objects, tmp_path / "restored", Request(height=top + 1))
     with pytest.raises(NotFound, match="no snapshot"):
-        restore(objects, tmp_path / "restored", chain="other")
+        restore(objects, tmp_path / "restored", Request(chain="other"))
     manifest = ferry.manifests[0]
     objects.delete(manifest.part_name(manifest.parts[0]))
     with pytest.raises(NotFound, match=manifest.parts[0].name):
-        restore(objects, tmp_path / "restored", height=manifest.height)
+        restore(objects, tmp_path / "restored", Request(height=manifest.height))
     assert not (tmp_path / "restored" / "restoring").exists()
 
 
@@ -333,8 +334,8 @@ def test_several_chains(objects: LocalObjects, tmp_path: Path) -> None:
     objects.put_new(str(SegmentName("zoo", b"z" * 16, 0, 0, 1)), b"")
 
     with pytest.raises(UsageError, match="walk, zoo"):
-        restore(objects, tmp_path / "restored")
-    assert restore(objects, tmp_path / "restored", chain="walk", height=3, claimed=True).ref.height == 3
+        restore(objects, tmp_path / "restored", Request())
+    assert restore(objects, tmp_path / "restored", Request(chain="walk", height=3), claimed=True).ref.height == 3
 
 
 def test_plan(ferry: Ferry) -> None:
@@ -342,7 +343,7 @@ def test_plan(ferry: Ferry) -> None:
     manifest = ferry.manifests[1]
     height = manifest.height + 70
     height = min(height, ferry.node.meta.final_height)
-    planned = plan_restore(ferry.objects, height=height)
+    planned = plan_restore(ferry.objects, Request(height=height))
     newest = max((one for one in ferry.manifests if one.height <= height), key=lambda one: one.height)
 
     assert planned.manifest == newest
@@ -358,12 +359,12 @@ def at(manifest: Manifest, generation: int, height: int) -> Manifest:
     assert tip.ref is not None
     number = bytes([generation]) * 16
     resume = replace(
-        manifest.resume,
+        manifest.resumes[0],
         generation=number,
         generation_number=generation,
         tip=replace(tip, ref=replace(tip.ref, height=height)),
     )
-    return replace(manifest, resume=resume)
+    return replace(manifest, resumes=(resume,))
 
 
 def segments(generation: int, *spans: tuple[int, int]) -> list[SegmentObject]:
@@ -380,7 +381,7 @@ def test_plan_over_generations(ferry: Ferry) -> None:
     ]
 
     def found(height: int | None) -> tuple[int, int, int, list[tuple[int, int]]]:
-        planned = plan(manifests, archive, height)
+        planned = plan(manifests, archive, height, shards=dict.fromkeys((bytes([one]) * 16 for one in (1, 2)), 1))
         start = -1 if planned.manifest is None else planned.manifest.height
         spans = [(segment.name.first, segment.name.last) for segment in planned.segments]
         return planned.generation[0], start, planned.height, spans
@@ -394,7 +395,7 @@ def test_plan_over_generations(ferry: Ferry) -> None:
         with pytest.raises(NotFound):
             found(missing)
     with pytest.raises(NotFound):
-        plan([], [], None)
+        plan([], [], None, shards={})
 
 
 def test_two_snapshots_of_one_height() -> None:

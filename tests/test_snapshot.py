@@ -26,8 +26,10 @@ from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import audit
 from tests.ferries import SMALL_PART_BYTES, Ferry, Killed, kill_at, make_ferry
 from tests.walks import coin, ref
+from topology.base_state import publish_base
+from topology.restore_plans import Request
 from topology.restorer import restore
-from topology.snapshotter import publish_base, snapshot_in_process, take_snapshot
+from topology.snapshotter import snapshot_in_process, take_snapshot
 
 __all__ = ["kill_at"]
 
@@ -112,7 +114,7 @@ def test_manifests_that_lie(ferry: Ferry) -> None:
         with pytest.raises(ManifestCorrupt):
             decode_manifest(signed(fields | {name: value}))
     with pytest.raises(Unsupported):
-        decode_manifest(signed(fields | {"minimum_reader": 2, "unheard_of": True}))
+        decode_manifest(signed(fields | {"minimum_reader": 3, "unheard_of": True}))
 
 
 def test_the_same_state_again(ferry: Ferry) -> None:
@@ -174,7 +176,7 @@ def test_crash(tmp_path: Path, place: str, visible: bool, kill_at: Callable[[str
     (tmp_path / "scratch" / "left-over").touch()
     manifest = ferry.snapshot()
     assert manifests() == [manifest.name]
-    restored = restore(ferry.objects, tmp_path / "restored", height=manifest.height, claimed=True)
+    restored = restore(ferry.objects, tmp_path / "restored", Request(height=manifest.height), claimed=True)
     assert restored.meta.tip == manifest.tip
 
 
@@ -182,19 +184,19 @@ async def test_in_process(tmp_path: Path, ferry: Ferry) -> None:
     """The helper process publishes, and reports how far it is; errors come back as what they are."""
     reports: list[tuple[str, int, int]] = []
     url = f"file://{tmp_path}/objects"
-    manifest = await snapshot_in_process(ferry.store, tmp_path, url, report=lambda *report: reports.append(report))
+    manifest = await snapshot_in_process([ferry.store], tmp_path, url, report=lambda *report: reports.append(report))
 
     assert manifest.height == ferry.node.meta.final_height
     assert {what for what, _, _ in reports} == {"frames taken back", "keys written", "bytes put"}
     with pytest.raises(UsageError, match="final"):
-        await snapshot_in_process(ferry.store, tmp_path, url, height=10_000)
+        await snapshot_in_process([ferry.store], tmp_path, url, height=10_000)
     assert names_in(tmp_path) == ["objects"]
 
 
 async def test_two_at_once(tmp_path: Path, ferry: Ferry) -> None:
     """They take turns; the second finds what the first published."""
     url = f"file://{tmp_path}/objects"
-    one, other = await asyncio.gather(*(snapshot_in_process(ferry.store, tmp_path, url) for _ in range(2)))
+    one, other = await asyncio.gather(*(snapshot_in_process([ferry.store], tmp_path, url) for _ in range(2)))
 
     assert one == other
     assert names_in(tmp_path) == ["objects"]
@@ -202,7 +204,7 @@ async def test_two_at_once(tmp_path: Path, ferry: Ferry) -> None:
 
 async def test_cancelled(tmp_path: Path, ferry: Ferry) -> None:
     """Cancelled, it leaves nothing behind."""
-    task = asyncio.create_task(snapshot_in_process(ferry.store, tmp_path, f"file://{tmp_path}/objects"))
+    task = asyncio.create_task(snapshot_in_process([ferry.store], tmp_path, f"file://{tmp_path}/objects"))
     await asyncio.sleep(0.05)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -231,7 +233,7 @@ def test_base_state(tmp_path: Path) -> None:
         (coin(number, index, rest), b"v%d" % number) for number in range(40) for index in (0, 2) for rest in (0, 1)
     ]
     objects, manifest = base(tmp_path, coins[::-1])
-    restored = restore(objects, tmp_path / "restored")
+    restored = restore(objects, tmp_path / "restored", Request())
     opening = Opening(
         generation=replace(BASE, base_vectors=manifest.tip.vectors, base_counts=manifest.tip.counts), finality=6
     )
@@ -254,7 +256,7 @@ def test_base_state_without_coins(tmp_path: Path) -> None:
     objects, manifest = base(tmp_path, [])
 
     assert manifest.parts == ()
-    assert restore(objects, tmp_path / "restored").meta.tip.root == manifest.root
+    assert restore(objects, tmp_path / "restored", Request()).meta.tip.root == manifest.root
 
 
 @pytest.mark.parametrize("rest", [0, 1])
@@ -287,7 +289,7 @@ def test_partials_must_sum_up(ferry: Ferry) -> None:
     manifest = ferry.manifests[0]
 
     with pytest.raises(AuditFailed):
-        make_manifest(manifest.parts[1:], manifest.resume)
+        make_manifest(manifest.parts[1:], manifest.resumes)
 
 
 def test_take_snapshot_of_nothing(tmp_path: Path) -> None:
@@ -295,4 +297,4 @@ def test_take_snapshot_of_nothing(tmp_path: Path) -> None:
     RocksStore(tmp_path / "store").close()
 
     with pytest.raises(Exception, match="no position"):
-        take_snapshot(tmp_path / "store", tmp_path / "scratch", MemoryObjects())
+        take_snapshot([tmp_path / "store"], tmp_path / "scratch", MemoryObjects())

@@ -19,20 +19,22 @@ def ferry(tmp_path_factory: pytest.TempPathFactory) -> Ferry:
     return make_ferry(tmp_path_factory.mktemp("ferry"), events=60, snapshots=0)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 7, 64, KEY_GROUPS])
-def test_ranges_cover_every_group_once(workers: int) -> None:
-    """Runs are contiguous, and of sizes that differ by at most one."""
-    ranges = group_ranges(workers)
+@pytest.mark.parametrize("workers", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("groups", [range(KEY_GROUPS), range(64), range(1024, 2048)], ids=str)
+def test_ranges_cover_every_group_once(workers: int, groups: range) -> None:
+    """Runs are contiguous, from the first key group to the last, and the groups of a shard are shared evenly."""
+    ranges = group_ranges(workers, groups)
+    shares = [len(range(max(start, groups.start), min(stop, groups.stop))) for start, stop in ranges]
 
     assert [start for start, _ in ranges] == [0, *[stop for _, stop in ranges[:-1]]]
     assert ranges[-1][1] == KEY_GROUPS
-    assert {stop - start for start, stop in ranges} <= {KEY_GROUPS // workers, KEY_GROUPS // workers + 1}
+    assert set(shares) <= {len(groups) // workers, len(groups) // workers + 1}
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 async def test_audit_by_ranges(ferry: Ferry, workers: int) -> None:
     """However the groups are split, the partials sum up to the same."""
-    assert await audit_store(ferry.copy(), workers=workers) == audit(ferry.store.scan())
+    assert await audit_store(ferry.copy(), groups=range(KEY_GROUPS), workers=workers) == audit(ferry.store.scan())
 
 
 async def test_prove_while_the_node_goes_on(tmp_path: Path) -> None:

@@ -10,15 +10,15 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 from pipeline.commitment.lthash import state_root
-from pipeline.errors import AuditFailed, StateferryError, StoreCorrupt, UsageError
+from pipeline.errors import AuditFailed, StateferryError, StoreCorrupt
 from pipeline.objects import open_objects
 from pipeline.replica import Replica
 from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import Audited, Proof, combine
-from topology import anchors, lag, logs, reads, snapshotter, verifier, views
+from topology import anchors, children, lag, logs, reads, snapshotter, verifier, views
 from topology.archiver import Archiver
 from topology.data_dir import DataDir
 from topology.lag import Stand
@@ -125,12 +125,9 @@ async def prove(store: RocksStore, data_dir: DataDir) -> tuple[Proof, Audited]:
 async def verify(stores: Sequence[tuple[RocksStore, DataDir]]) -> dict[str, Any]:
     """`prove` of every shard's store, as a document."""
     started_s = time.monotonic()
-    proofs, audits, metas = [], [], []
-    for store, data_dir in stores:
-        proof, audited = await prove(store, data_dir)
-        proofs.append(proof)
-        audits.append(audited)
-        metas.append(views.view_of(store).meta)
+    proven = await children.together(prove(store, data_dir) for store, data_dir in stores)
+    proofs, audits = [proof for proof, _ in proven], [audited for _, audited in proven]
+    metas = [views.view_of(store).meta for store, _ in stores]
     heights = [-1 if proof.at is None else proof.at.height for proof in proofs]
     root = state_root(combine(audits).vectors).hex() if len({proof.at for proof in proofs}) == 1 else None
     found = reads.standing(metas, Proof(proven=True))
@@ -143,23 +140,12 @@ async def verify(stores: Sequence[tuple[RocksStore, DataDir]]) -> dict[str, Any]
     }
 
 
-Several = TypeVar("Several")
-
-
-def only(several: Sequence[Several], what: str) -> Several:
-    """The only one. Raises UsageError for shards where there is no way yet to work on several."""
-    if len(several) > 1:
-        raise UsageError(
-            f"{what} of a state in {len(several)} shards cannot be made yet",
-            way_out="run a replica: it follows the frames of all shards from their start",
-        )
-    return several[0]
-
-
-async def snapshot(store: RocksStore, data_dir: DataDir, objects_url: str, height: int | None) -> dict[str, Any]:
-    """Publish a snapshot, as a document."""
+async def snapshot(
+    stores: Sequence[RocksStore], data_dir: DataDir, objects_url: str, height: int | None
+) -> dict[str, Any]:
+    """Publish a snapshot of all shards, as a document."""
     started_s = time.monotonic()
-    manifest = await snapshotter.snapshot_in_process(store, data_dir.path, objects_url, height=height)
+    manifest = await snapshotter.snapshot_in_process(stores, data_dir.path, objects_url, height=height)
     document = {
         "chain": manifest.chain_id,
         "generation": manifest.generation.hex(),
@@ -167,6 +153,7 @@ async def snapshot(store: RocksStore, data_dir: DataDir, objects_url: str, heigh
         "block_hash": manifest.tip.block_hash[::-1].hex(),
         "root": manifest.root.hex(),
         "keys": manifest.keys,
+        "shards": manifest.shards,
         "parts": len(manifest.parts),
         "bytes": manifest.size_bytes,
         "manifest": manifest.name,

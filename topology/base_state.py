@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
-from pipeline.errors import NotFound, WrongChain
+from pipeline.block import BlockRef
+from pipeline.diff import EMPTY_COUNTS
+from pipeline.errors import CoinsCorrupt, NotFound, WrongChain
 from pipeline.generation import Generation
 from pipeline.objects import AlreadyThere, ObjectStore
+from pipeline.parts import PART_RAW_BYTES_MAX, sum_parts
 from pipeline.restore import newest_names
-from pipeline.snapshot import Manifest, base_resume, encode_manifest, parse_manifest_name
+from pipeline.shards import groups_of
+from pipeline.snapshot import Manifest, base_resume, encode_manifest, parse_manifest_name, parts_of
+from pipeline.state import KEY_GROUPS, UTXO, Schema
+from pipeline.stores.base import Batch
+from pipeline.stores.rocksdb import RocksStore
 from topology import logs, restorer
+from topology.children import Report, no_report
+from topology.restore_plans import Request, read_manifest
+from topology.snapshotter import publish, scratch_folder, write_all
 
 log = logs.get()
+
+_COPY = "copy"
+_PARTS = "parts"
+_REPORT_KEYS = 1 << 16
+_IMPORT_KEYS = 1 << 14
 
 
 def with_base(generation: Generation, manifest: Manifest) -> Generation:
@@ -37,15 +54,76 @@ def newest_manifest(objects: ObjectStore, generation: Generation, height: int | 
             where=prefix,
             way_out="take one: `stateferry snapshot`",
         )
-    return restorer.read_manifest(objects, str(found[0]))
+    return read_manifest(objects, str(found[0]))
+
+
+def publish_base(
+    objects: ObjectStore,
+    scratch: Path,
+    generation: Generation,
+    finality: int,
+    coins: Iterable[tuple[bytes, bytes]],
+    *,
+    schema: Schema = UTXO,
+    report: Report = no_report,
+    part_raw_bytes_max: int = PART_RAW_BYTES_MAX,
+) -> Manifest:
+    """A base state, known before the first frame, as a snapshot: whole keys and values in any order.
+
+    ``generation`` names its block (`Generation.base`) and not yet its vectors, which are computed here: take them from
+    the manifest's tip. ``scratch`` must have room for the state twice. Raises CoinsCorrupt if a key comes twice.
+    """
+    assert generation.base is not None
+    with scratch_folder(scratch):
+        store = RocksStore(scratch / _COPY)
+        try:
+            _import(store, coins, schema, generation.base, report)
+            parts_folder = scratch / _PARTS
+            parts_folder.mkdir()
+            runs = [groups_of(shard, generation.shards) for shard in range(generation.shards)]
+            entries = (store.scan(_before_group(run.start), _before_group(run.stop) or None) for run in runs)
+            written = write_all(entries, parts_folder, 0, part_raw_bytes_max, report)
+        finally:
+            store.close()
+        parts, resumes = [one.part for one in written], []
+        for shard in range(generation.shards):
+            found = sum_parts(parts_of(parts, shard, generation.shards))
+            counts = EMPTY_COUNTS | {schema.table_id: found.keys}
+            resumes.append(base_resume(generation, shard, found.vectors, counts, finality))
+        return publish(objects, written, resumes, report)
+
+
+def _before_group(group: int) -> bytes:
+    """Where the storage keys of a group begin; empty: of the first, and behind the last."""
+    return group.to_bytes(2, "big") if 0 < group < KEY_GROUPS else b""
+
+
+def _import(
+    store: RocksStore, coins: Iterable[tuple[bytes, bytes]], schema: Schema, base: BlockRef, report: Report
+) -> None:
+    """Let a store sort the coins, whatever their order."""
+    iterator, keys = iter(coins), 0
+    while batch := list(islice(iterator, _IMPORT_KEYS)):
+        storage_keys = schema.storage_keys([key for key, _ in batch])
+        held = dict(zip(storage_keys, store.get(storage_keys), strict=True))
+        for at, (key, value) in zip(storage_keys, batch, strict=True):
+            stored = held[at]
+            if schema.find(key, stored) is not None:
+                raise CoinsCorrupt(f"{schema.name} {key.hex()} comes twice in the base state of block {base}")
+            held[at] = schema.with_value(key, stored, value)
+        store.write(Batch(state=held))
+        keys += len(batch)
+        if keys % _REPORT_KEYS < _IMPORT_KEYS:
+            report("keys sorted", keys, 0)
 
 
 def republish(objects: ObjectStore, manifest: Manifest, generation: Generation) -> Manifest:
     """The same state as the base of another generation: parts copied under its name, then a manifest of its own, so
     that either generation can be deleted without the other."""
-    tip = manifest.tip
-    resume = base_resume(with_base(generation, manifest), tip.vectors, tip.counts, manifest.resume.finality)
-    copy = Manifest(resume=resume, parts=manifest.parts)
+    resumes = [
+        base_resume(generation, one.shard, one.tip.vectors, one.tip.counts, one.finality) for one in manifest.resumes
+    ]
+    copy = Manifest(resumes=tuple(resumes), parts=manifest.parts)
     with tempfile.TemporaryDirectory() as scratch:
         for part in manifest.parts:
             path = Path(scratch) / part.name
@@ -61,17 +139,16 @@ def fill(objects: ObjectStore, data_dir: Path, generation: Generation) -> None:
     """An empty data directory of a generation that has a base state gets it, as claimed. Raises what
     `restorer.restore` raises, WrongChain."""
     assert generation.base is not None
-    restored = restorer.restore(
-        objects,
-        data_dir,
-        chain=generation.chain_id,
-        generation=generation.generation,
-        height=generation.base.height,
-        claimed=True,
-    )
-    if (restored.meta.generation, restored.ref) != (generation.generation, generation.base):
+    request = Request(chain=generation.chain_id, generation=generation.generation, height=generation.base.height)
+    restored = restorer.restore(objects, data_dir, request, claimed=True)
+    tip = restored.meta.tip
+    if (restored.meta.generation, tip.ref, tip.root) != (
+        generation.generation,
+        generation.base,
+        generation.tip.root,
+    ):
         raise WrongChain(
             f"the object store has no base state of generation {generation.generation.hex()}",
             way_out="name the object store that the source published it in: --objects",
         )
-    log.info("base_restored", height=generation.base.height, keys=sum(restored.meta.tip.counts.values()))
+    log.info("base_restored", height=generation.base.height, keys=restored.keys)

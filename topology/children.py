@@ -12,15 +12,17 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from pipeline import errors
 from pipeline.errors import StateferryError
 from topology.settings import arm_failpoint
+
+Result = TypeVar("Result")
 
 Report = Callable[[str, int, int], None]
 """What is done, how much of it, of how much in all (0: not known)."""
@@ -35,6 +37,17 @@ def alone_in(folder: Path) -> asyncio.Lock:
     """Held by whoever works in a folder that the next one would clear: in one process they take turns. Between
     processes the lock of the data directory decides."""
     return _locks.setdefault(asyncio.get_running_loop(), {}).setdefault(folder.absolute(), asyncio.Lock())
+
+
+async def together(work: Iterable[Awaitable[Result]]) -> list[Result]:
+    """The results of all; the first error of one, once the others were cancelled and have ended."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def no_report(what: str, done: int, total: int) -> None:

@@ -58,6 +58,11 @@ class DataDir:
         return self.path / "store"
 
     @property
+    def stores_path(self) -> Path:
+        """The store, or the folder that holds those of all shards."""
+        return self.path / _SHARDS if (self.path / _SHARDS).exists() else self.store_path
+
+    @property
     def socket_path(self) -> Path:
         return self.path / "control.sock"
 
@@ -178,13 +183,13 @@ def _write_evidence(folder: Path, error: StateferryError, record: bytes, **facts
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    sync_folder(folder)
-    sync_folder(folder.parent)
+    sync(folder)
+    sync(folder.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make what was renamed or made in a folder last."""
-    fd = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's bytes, or what was renamed or made in a folder, last."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

@@ -12,7 +12,7 @@ import enum
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from pipeline import chunk, failpoints
@@ -148,8 +148,8 @@ class Node:
             meta = decode_meta(data)
         self._check_generation(meta)
         if meta.seq == 0 and meta.diffs.next_offset == 0:
-            # A base state, published before the opening was: it takes finality and shards from there.
-            meta = self._base_meta()
+            # A base state, published before the opening was: it takes finality from there.
+            meta = replace(self._base_meta(), tip=meta.tip)
             self.store.write(Batch(meta={META_KEY: encode_meta(meta)}))
         if self.store.get_meta(ROLE_KEY) != self.role.value.encode():
             self.store.write(Batch(meta={ROLE_KEY: self.role.value.encode()}))

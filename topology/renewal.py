@@ -1,8 +1,9 @@
 """Renewal: a replica of a generation that has ended becomes one of the generation that followed, by itself.
 
-It restores from the object store beside the store that it has, into `renewing/`, a data directory of its own. Then that
-store takes the other's place: two renames, the old store is kept in `left-generations/`. A crash before the first
-leaves the old store and a restore to go on with; one between them leaves no store, and `settle` does the second.
+It restores from the object store beside what it has, into `renewing/`, a data directory of its own. Then that one's
+store, or the folder of all shards', takes the other's place: two renames, the old one is kept in `left-generations/`.
+A crash before the first leaves the old store and a restore to go on with; one between them leaves no store, and
+`settle` does the second.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from collections.abc import Sequence
 from pipeline.errors import GenerationEnded, NotFound
 from pipeline.generation import Generation
 from pipeline.objects import ObjectStore
+from pipeline.position import Meta
 from topology import logs, restorer
-from topology.data_dir import DataDir, sync_folder
+from topology.data_dir import DataDir, sync
+from topology.restore_plans import Request
 
 log = logs.get()
 
@@ -35,29 +38,27 @@ def renew(objects: ObjectStore, data_dir: DataDir, history: Sequence[Generation]
     Raises ``why`` if the store is of no earlier generation of this history, or if the object store has nothing of the
     last one; what the restore raises. Then the old store is as it was.
     """
-    held, wanted = restorer.held_meta(data_dir.store_path), history[-1]
-    if held is None or held.shards != 1 or held.generation not in {one.generation for one in history[:-1]}:
+    held, wanted = _first_meta(data_dir), history[-1]
+    if held is None or held.generation not in {one.generation for one in history[:-1]}:
         raise why
     renewed = DataDir(data_dir.path / WORK_FOLDER)
-    found = restorer.held_meta(renewed.store_path)
+    found = _first_meta(renewed)
     if found is not None and found.generation != wanted.generation:
         shutil.rmtree(renewed.path)  # another one was in force when that was restored
         found = None
     if found is None:
         renewed.create()
         try:
-            restored = restorer.restore(
-                objects, renewed.path, chain=wanted.chain_id, generation=wanted.generation, claimed=True
-            )
+            request = Request(chain=wanted.chain_id, generation=wanted.generation)
+            found = restorer.restore(objects, renewed.path, request, claimed=True).metas[0]
         except NotFound as error:
             why.way_out = f"{error.what}: name the object store that has it, --objects; or {why.way_out}"
             raise why from error
-        found = restored.meta
     aside = data_dir.path / LEFT_FOLDER / f"{held.generation.hex()[:12]}-{held.seq}"
     aside.parent.mkdir(exist_ok=True)
-    data_dir.store_path.rename(aside)
-    sync_folder(aside.parent)
-    sync_folder(data_dir.path)
+    data_dir.stores_path.rename(aside)
+    sync(aside.parent)
+    sync(data_dir.path)
     _take_place(renewed, data_dir)
     log.warning(
         "generation_renewed",
@@ -69,7 +70,13 @@ def renew(objects: ObjectStore, data_dir: DataDir, history: Sequence[Generation]
     )
 
 
+def _first_meta(data_dir: DataDir) -> Meta | None:
+    """Of the store here, or of the first shard's."""
+    dirs = data_dir.shard_dirs
+    return restorer.held_meta(dirs[0].store_path) if dirs else None
+
+
 def _take_place(renewed: DataDir, data_dir: DataDir) -> None:
-    renewed.store_path.rename(data_dir.store_path)
-    sync_folder(data_dir.path)
+    renewed.stores_path.rename(data_dir.path / renewed.stores_path.name)
+    sync(data_dir.path)
     shutil.rmtree(renewed.path)

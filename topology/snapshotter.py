@@ -2,8 +2,9 @@
 
 The worker makes a checkpoint of its store, by hard links, and starts this module as a process of its own. That takes
 frames back in the copy until it stands at a final height, writes parts, checks that they sum up to the position, and
-only then puts anything: parts first, the manifest last. Whatever ends it before, nothing is visible; the scratch
-directory is removed by whoever started it, or by the next attempt.
+only then puts anything: parts first, the manifest last. With several shards there is a copy of each, and they meet at
+one height (`pipeline.meeting`). Whatever ends it before, nothing is visible; the scratch directory is removed by
+whoever started it, or by the next attempt.
 """
 
 from __future__ import annotations
@@ -11,63 +12,62 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from itertools import islice
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pipeline import failpoints
-from pipeline.block import BlockRef
-from pipeline.diff import EMPTY_COUNTS
-from pipeline.errors import CoinsCorrupt, NotFound, UsageError
-from pipeline.generation import Generation
+from pipeline.archive import archive_prefix, parse_segment_name
+from pipeline.errors import NotFound
+from pipeline.meeting import meeting_height, own_final
 from pipeline.objects import AlreadyThere, ObjectStore, open_objects
-from pipeline.parts import PART_RAW_BYTES_MAX, WrittenPart, sum_parts, write_parts
-from pipeline.position import BEFORE_FIRST_HEIGHT, Meta, decode_meta
+from pipeline.parts import PART_RAW_BYTES_MAX, WrittenPart, write_parts
+from pipeline.position import Meta, decode_meta
 from pipeline.replica import Replica
+from pipeline.restore import Replay, SegmentObject, lead
+from pipeline.shards import check_all_here, join_metas
 from pipeline.snapshot import (
     MANIFEST_FILE,
     Manifest,
-    base_resume,
     decode_manifest,
     encode_manifest,
     make_manifest,
     snapshot_folder,
 )
-from pipeline.state import UTXO, Schema
-from pipeline.stores.base import META_KEY, Batch
+from pipeline.stores.base import META_KEY
 from pipeline.stores.rocksdb import RocksStore
 from topology import children
 from topology.children import Report, no_report
+from topology.fetching import open_segment
 
 SCRATCH_FOLDER = "snapshotting"
 _COPY = "copy"
 _PARTS = "parts"
 _PUTTING_THREADS = 4
-_REPORT_KEYS = 1 << 16
-_IMPORT_KEYS = 1 << 14
 
 
 async def snapshot_in_process(
-    store: RocksStore,
+    stores: Sequence[RocksStore],
     data_dir: Path,
     objects_url: str,
     *,
     height: int | None = None,
     report: Report = no_report,
 ) -> Manifest:
-    """Snapshot an open store, which goes on meanwhile, in another process. Raises as `take_snapshot` does.
+    """Snapshot open stores, one a shard, which go on meanwhile, in another process. Raises as `take_snapshot` does.
 
     Cancelled, it ends that process and leaves nothing behind.
     """
     scratch = data_dir / SCRATCH_FOLDER
     async with children.alone_in(scratch):
-        with _scratch(scratch):
-            copy = scratch / _COPY
-            store.checkpoint(copy)
+        with scratch_folder(scratch):
+            arguments = ["--scratch", str(scratch / _PARTS), "--objects", objects_url]
+            for number, store in enumerate(stores):
+                copy = scratch / f"{_COPY}-{number:02d}"
+                store.checkpoint(copy)
+                arguments += ["--store", str(copy)]
             failpoints.hit("snapshot.checkpointed")
-            arguments = ["--store", str(copy), "--scratch", str(scratch / _PARTS), "--objects", objects_url]
             if height is not None:
                 arguments += ["--height", str(height)]
             name = await children.run(__spec__.name, arguments, report)
@@ -75,7 +75,7 @@ async def snapshot_in_process(
 
 
 def take_snapshot(
-    store_path: Path,
+    store_paths: Sequence[Path],
     scratch: Path,
     objects: ObjectStore,
     *,
@@ -83,72 +83,105 @@ def take_snapshot(
     report: Report = no_report,
     part_raw_bytes_max: int = PART_RAW_BYTES_MAX,
 ) -> Manifest:
-    """Snapshot a copy of a store, which is used up by it. ``height``: None for the final height, the newest there can
-    be; else one that the copy's journal still reaches.
+    """Snapshot copies of stores, one a shard, which are used up by it. ``height``: None for the highest that all can be
+    brought to; else one that they still reach.
 
     A snapshot of the same height and root that exists is returned as it is. Raises UsageError (no such final height),
-    AuditFailed (nothing is published then), DiskFull.
+    NotFound (not all shards are there), AuditFailed (nothing is published then), DiskFull.
     """
-    store = RocksStore(store_path)
-    try:
-        data = store.get_meta(META_KEY)
-        if data is None:
-            raise NotFound("the store has no position yet", where=str(store_path))
-        replica = Replica(store, decode_meta(data))
-        target = _target(replica.meta, height)
-        existing = _existing(objects, replica, target)
-        if existing is not None:
-            return existing
-        _roll_back(replica, target, report)
+    with ExitStack() as stack:
+        stores = []
+        for path in store_paths:
+            stores.append(RocksStore(path))
+            stack.callback(stores[-1].close)
+        resumes = _bring_together(stores, objects, height, report)
         failpoints.hit("snapshot.rolled_back")
-        with _scratch(scratch):
-            total = sum(replica.meta.tip.counts.values())
-            written = _write(store, scratch, total, part_raw_bytes_max, report)
-            return _publish(objects, written, replica.meta, report)
-    finally:
-        store.close()
+        root = join_metas(resumes).tip.root
+        with suppress(NotFound):
+            folder = snapshot_folder(resumes[0].chain_id, resumes[0].generation, resumes[0].tip.height, root)
+            return decode_manifest(objects.get(f"{folder}/{MANIFEST_FILE}"))
+        with scratch_folder(scratch):
+            total = sum(sum(resume.tip.counts.values()) for resume in resumes)
+            written = write_all((store.scan() for store in stores), scratch, total, part_raw_bytes_max, report)
+            return publish(objects, written, resumes, report)
 
 
-def _target(meta: Meta, height: int | None) -> int:
-    final = meta.final_height
-    if meta.tip.ref is None or final == BEFORE_FIRST_HEIGHT:
-        raise UsageError(
-            f"no block is final yet: the tip is {meta.tip.ref}, finality {meta.finality} blocks",
-            way_out=f"wait until {meta.finality} blocks stand on top of the first one",
-        )
-    lowest = max(meta.journal_first_height - 1, meta.base_height, 0)
-    target = final if height is None else height
-    if not lowest <= target <= min(final, meta.tip.height):
-        raise UsageError(
-            f"height {target} cannot be snapshotted: this node can go back to height {lowest}, and blocks are final up "
-            f"to height {final}",
-            way_out="`stateferry restore --height` reaches any archived height",
-        )
-    return target
+# To one height
 
 
-def _existing(objects: ObjectStore, replica: Replica, target: int) -> Manifest | None:
-    """The snapshot of that height and root, if there is one."""
-    meta = replica.meta
-    root = meta.tip.root if target == meta.tip.height else replica.header_at(target + 1).prev_root
-    with suppress(NotFound):
-        folder = snapshot_folder(meta.chain_id, meta.generation, target, root)
-        return decode_manifest(objects.get(f"{folder}/{MANIFEST_FILE}"))
-    return None
+def _bring_together(
+    stores: Sequence[RocksStore], objects: ObjectStore, height: int | None, report: Report
+) -> list[Meta]:
+    """Take each store back, or forward, to one final height, and to one seq. Returns where they stand."""
+    replicas = [_replica(store) for store in stores]
+    metas = [replica.meta for replica in replicas]
+    check_all_here(metas)
+    archived = [_archived(objects, meta) if len(metas) > 1 else [] for meta in metas]
+    reaches = [lead(one, _start(meta, one), None)[1] for one, meta in zip(archived, metas, strict=True)]
+    target = meeting_height(metas, reaches, height)
+    for replica in replicas:
+        _roll_back(replica, target, report)
+    for at, replica in enumerate(replicas):
+        if replica.meta.tip.height != target:
+            replicas[at] = _roll_forward(replica, objects, archived[at], target, report)
+    lowest = min(replica.meta.seq for replica in replicas)
+    for replica, meta in zip(replicas, metas, strict=True):
+        # One may have been copied between frames that took blocks off, down to the final one.
+        while replica.meta.seq > lowest and own_final(meta) >= target:
+            replica.take_back()
+    return [replica.meta for replica in replicas]
+
+
+def _replica(store: RocksStore) -> Replica:
+    data = store.get_meta(META_KEY)
+    if data is None:
+        raise NotFound("the store has no position yet", where=str(store.path))
+    return Replica(store, decode_meta(data))
+
+
+def _archived(objects: ObjectStore, meta: Meta) -> list[SegmentObject]:
+    """What the archive has of a shard above a store's own final height."""
+    infos = objects.list(archive_prefix(meta.chain_id, meta.generation, meta.shard))
+    names = [(parse_segment_name(info.name), info.size_bytes) for info in infos]
+    return [SegmentObject(name, size) for name, size in names if name is not None and name.last > own_final(meta)]
+
+
+def _start(meta: Meta, archived: Sequence[SegmentObject]) -> int:
+    """The height from which the archive is to lead on. A chain's first block may have any."""
+    if meta.tip.ref is None and archived:
+        return min(segment.name.first for segment in archived) - 1
+    return own_final(meta)
 
 
 def _roll_back(replica: Replica, target: int, report: Report) -> None:
-    """Take frames back, in the log's order, to the last time the block at ``target`` was the tip."""
+    """Take frames back, in the log's order, to the last time the block at ``target`` was the tip; at least to where all
+    is final, so that the archive leads on."""
     highest, frames = replica.meta.tip.height, 0
+    target = min(target, own_final(replica.meta))
     while replica.meta.tip.height != target:
         replica.take_back()
         frames += 1
         report("frames taken back", frames, max(highest - target, frames))
 
 
-def _publish(objects: ObjectStore, written: list[WrittenPart], resume: Meta, report: Report) -> Manifest:
+def _roll_forward(
+    replica: Replica, objects: ObjectStore, archived: Sequence[SegmentObject], target: int, report: Report
+) -> Replica:
+    """Apply archived frames up to ``target``."""
+    replay = Replay(replica.store, replica.meta)
+    hops, _ = lead(archived, _start(replica.meta, archived), target)
+    for hop in hops:
+        for header in replay.run(open_segment(objects.get(str(hop.name)), hop.name), target):
+            report("blocks from the archive", header.ref.height, target)
+    return Replica(replica.store, replay.meta)
+
+
+# Parts and manifest
+
+
+def publish(objects: ObjectStore, written: list[WrittenPart], resumes: Sequence[Meta], report: Report) -> Manifest:
     """Put parts that were just written, then their manifest. Raises AuditFailed before anything is put."""
-    manifest = make_manifest([one.part for one in written], resume)
+    manifest = make_manifest([one.part for one in written], resumes)
     _put_parts(objects, manifest, written, report)
     failpoints.hit("snapshot.before_manifest")
     try:
@@ -159,13 +192,17 @@ def _publish(objects: ObjectStore, written: list[WrittenPart], resume: Meta, rep
     return manifest
 
 
-def _write(store: RocksStore, folder: Path, total: int, raw_bytes_max: int, report: Report) -> list[WrittenPart]:
+def write_all(
+    shards: Iterable[Iterable[tuple[bytes, bytes]]], folder: Path, total: int, raw_bytes_max: int, report: Report
+) -> list[WrittenPart]:
+    """The entries of each shard as parts in a folder: none has keys of two. ``total``: keys; 0: not known."""
     written: list[WrittenPart] = []
     keys = 0
-    for one in write_parts(store.scan(), folder, raw_bytes_max=raw_bytes_max):
-        written.append(one)
-        keys += one.part.keys
-        report("keys written", keys, total)
+    for entries in shards:
+        for one in write_parts(entries, folder, first_number=len(written), raw_bytes_max=raw_bytes_max):
+            written.append(one)
+            keys += one.part.keys
+            report("keys written", keys, total)
     return written
 
 
@@ -186,58 +223,8 @@ def _put_parts(objects: ObjectStore, manifest: Manifest, written: list[WrittenPa
             report("bytes put", done, manifest.size_bytes)
 
 
-def publish_base(
-    objects: ObjectStore,
-    scratch: Path,
-    generation: Generation,
-    finality: int,
-    coins: Iterable[tuple[bytes, bytes]],
-    *,
-    schema: Schema = UTXO,
-    report: Report = no_report,
-    part_raw_bytes_max: int = PART_RAW_BYTES_MAX,
-) -> Manifest:
-    """A base state, known before the first frame, as a snapshot: whole keys and values in any order.
-
-    ``generation`` names its block (`Generation.base`) and not yet its vectors, which are computed here: take them from
-    the manifest's tip. ``scratch`` must have room for the state twice. Raises CoinsCorrupt if a key comes twice.
-    """
-    assert generation.base is not None
-    with _scratch(scratch):
-        store = RocksStore(scratch / _COPY)
-        try:
-            _import(store, coins, schema, generation.base, report)
-            parts_folder = scratch / _PARTS
-            parts_folder.mkdir()
-            written = _write(store, parts_folder, 0, part_raw_bytes_max, report)
-        finally:
-            store.close()
-        found = sum_parts([one.part for one in written])
-        resume = base_resume(generation, found.vectors, EMPTY_COUNTS | {schema.table_id: found.keys}, finality)
-        return _publish(objects, written, resume, report)
-
-
-def _import(
-    store: RocksStore, coins: Iterable[tuple[bytes, bytes]], schema: Schema, base: BlockRef, report: Report
-) -> None:
-    """Let a store sort the coins, whatever their order."""
-    iterator, keys = iter(coins), 0
-    while batch := list(islice(iterator, _IMPORT_KEYS)):
-        storage_keys = schema.storage_keys([key for key, _ in batch])
-        held = dict(zip(storage_keys, store.get(storage_keys), strict=True))
-        for at, (key, value) in zip(storage_keys, batch, strict=True):
-            stored = held[at]
-            if schema.find(key, stored) is not None:
-                raise CoinsCorrupt(f"{schema.name} {key.hex()} comes twice in the base state of block {base}")
-            held[at] = schema.with_value(key, stored, value)
-        store.write(Batch(state=held))
-        keys += len(batch)
-        if keys % _REPORT_KEYS < _IMPORT_KEYS:
-            report("keys sorted", keys, 0)
-
-
 @contextmanager
-def _scratch(path: Path) -> Iterator[None]:
+def scratch_folder(path: Path) -> Iterator[None]:
     """A fresh directory that goes afterwards."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
@@ -248,9 +235,9 @@ def _scratch(path: Path) -> Iterator[None]:
 
 
 def main() -> int:
-    """The helper process: publish a snapshot of a copy of a store, and print the manifest's name."""
+    """The helper process: publish a snapshot of copies of stores, and print the manifest's name."""
     parser = argparse.ArgumentParser(prog="python -m topology.snapshotter", description=main.__doc__)
-    parser.add_argument("--store", type=Path, required=True, help="a copy, which is used up")
+    parser.add_argument("--store", type=Path, action="append", required=True, help="a shard's copy, which is used up")
     parser.add_argument("--scratch", type=Path, required=True, help="made, and removed at the end")
     parser.add_argument("--objects", required=True, help="URL of the object store")
     parser.add_argument("--height", type=int)

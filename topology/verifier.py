@@ -2,23 +2,27 @@
 
 A live store is checkpointed first, by hard links; helper processes each audit a run of key groups of the copy; their
 partials sum up to the vectors in the copy's own position, or the store does not hold what it says. From then on the
-store is **proven**: since the copy was made, every step was checked by its own root.
+store is **proven**: since the copy was made, every step was checked by its own root. Stores of several shards are
+audited side by side, with no more helper processes at once than there are cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from pipeline import failpoints
 from pipeline.errors import AuditFailed, NotFound
 from pipeline.position import Meta, decode_meta
+from pipeline.shards import groups_of
 from pipeline.state import KEY_GROUPS, SCHEMAS, SCHEMAS_BY_NAME
 from pipeline.stores.base import META_KEY, PROOF_KEY, Batch
 from pipeline.stores.rocksdb import RocksStore
@@ -29,15 +33,23 @@ from topology.children import Report, no_report
 COPY_FOLDER = "proving"
 _REPORT_ENTRIES = 1 << 16
 _GROUP_BYTES = 2
+_CORES = os.cpu_count() or 1
+
+_slots_of: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
 
-def group_ranges(workers: int) -> list[tuple[int, int]]:
-    """The key groups in as many contiguous runs, start and stop."""
-    return [(KEY_GROUPS * at // workers, KEY_GROUPS * (at + 1) // workers) for at in range(workers)]
+def group_ranges(workers: int, groups: range) -> list[tuple[int, int]]:
+    """All key groups in as many contiguous runs, start and stop, cut where they share ``groups`` evenly."""
+    cuts = [groups.start + len(groups) * at // workers for at in range(1, workers)]
+    return list(itertools.pairwise([0, *cuts, KEY_GROUPS]))
 
 
-async def audit_store(path: Path, *, workers: int | None = None, report: Report = no_report) -> Audited:
-    """Hash all of a store that nobody writes to. ``workers``: processes, one per core without.
+def _slots() -> asyncio.Semaphore:
+    return _slots_of.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(_CORES))
+
+
+async def audit_store(path: Path, *, groups: range, workers: int = _CORES, report: Report = no_report) -> Audited:
+    """Hash all of a store that nobody writes to. ``groups``: where its keys are. ``workers``: processes.
 
     Raises StoreCorrupt if the store cannot be read, or is malformed.
     """
@@ -48,19 +60,17 @@ async def audit_store(path: Path, *, workers: int | None = None, report: Report 
             done[start] = entries
             report(what, sum(done.values()), 0)
 
-        return _decode(await children.run(__spec__.name, [str(path), str(start), str(stop)], note))
+        async with _slots():
+            return _decode(await children.run(__spec__.name, [str(path), str(start), str(stop)], note))
 
-    tasks = [asyncio.create_task(run(*groups)) for groups in group_ranges(workers or os.cpu_count() or 1)]
-    try:
-        return combine(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    return combine(await children.together(run(*one) for one in group_ranges(workers, groups)))
 
 
 async def audit_position(path: Path, *, workers: int | None = None, report: Report = no_report) -> tuple[Meta, Audited]:
-    """`audit_store`, compared with the store's own position. Raises AuditFailed, StoreCorrupt, NotFound."""
+    """`audit_store`, compared with the store's own position. ``workers`` None: its share of the cores.
+
+    Raises AuditFailed, StoreCorrupt, NotFound.
+    """
     store = RocksStore(path, read_only=True)
     try:
         data = store.get_meta(META_KEY)
@@ -69,7 +79,8 @@ async def audit_position(path: Path, *, workers: int | None = None, report: Repo
     if data is None:
         raise NotFound("the store has no position yet", where=str(path))
     meta = decode_meta(data)
-    found = await audit_store(path, workers=workers, report=report)
+    groups = groups_of(meta.shard, meta.shards)
+    found = await audit_store(path, groups=groups, workers=workers or -(-_CORES // meta.shards), report=report)
     check_audit(found, meta.tip)
     if found.keys != sum(meta.tip.counts.values()):
         raise AuditFailed(

@@ -273,10 +273,11 @@ async def _answer(shard_set: ShardSet, request: dict[str, Any]) -> Any:
                 paths.append(str(path))
             return {"paths": paths, "role": shard_set.role.value}
         case "snapshot":
-            node = answers.only(shard_set.nodes, "a snapshot")
-            while node.archive_once(flush=True):
-                await asyncio.sleep(0)
-            return await answers.snapshot(node.store, node.data_dir, node.settings.objects_url, request["height"])
+            for node in shard_set.owned:
+                while node.archive_once(flush=True):
+                    await asyncio.sleep(0)
+            stores, url = [node.store for node in shard_set.nodes], shard_set.settings.objects_url
+            return await answers.snapshot(stores, shard_set.data_dir, url, request["height"])
         case "verify":
             try:
                 return await answers.verify([(node.store, node.data_dir) for node in shard_set.nodes])

@@ -13,14 +13,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from walks import GENERATION, NO_PARENT, STAMP, Wire, Writer, block, coin, ref
 
+from blake3 import blake3
+
 from pipeline import chunk, journal
 from pipeline.block import BlockRef, Connect, Event, Op, Rewind, SourceEpoch, encode_event
 from pipeline.codec import Codec
-from pipeline.generation import Generation, encode_end, encode_generation, encode_opening
+from pipeline.generation import Generation, encode_end, encode_generation
+from pipeline.parts import Part, sum_parts
+from pipeline.position import LogMark, Meta, Tip
 from pipeline.primary import Primary
 from pipeline.replica import Step
+from pipeline.snapshot import Manifest, encode_manifest, make_manifest, parts_of
+from pipeline.state import UTXO
 from pipeline.stores.base import META_KEY
 from pipeline.stores.memory import MemoryStore
+from pipeline.verify import audit
 
 COIN = b"\x02" + bytes(60)
 
@@ -66,6 +73,53 @@ SUCCESSOR = Generation(
 )
 
 
+HELD = {coin(1): b"one" + COIN, coin(2): b"two" + COIN, coin(200): COIN}
+"""Keys of either half of the key space."""
+
+
+def manifest(shards: int) -> Manifest:
+    """A snapshot of `HELD` at block 9: a part a key."""
+    entries = sorted(zip(UTXO.storage_keys(list(HELD)), HELD.items(), strict=True))
+    parts = []
+    for number, (at, (key, value)) in enumerate(entries):
+        digest = blake3(b"part %d" % number).digest()
+        parts.append(
+            Part(
+                name=f"part-{number:05d}-{digest[:8].hex()}.sst",
+                size_bytes=1000 + number,
+                digest=digest,
+                keys=1,
+                first_key=at,
+                last_key=at,
+                partials=audit([(at, UTXO.with_value(key, None, value) or b"")]).vectors,
+            )
+        )
+    resumes = []
+    for shard in range(shards):
+        held = sum_parts(parts_of(parts, shard, shards))
+        resumes.append(
+            Meta(
+                chain_id="walk",
+                generation=GENERATION.generation,
+                finality=6,
+                shard=shard,
+                shards=shards,
+                tip=Tip(ref=BlockRef(9, b"9" * 32), vectors=held.vectors, seq=11, counts={1: held.keys}),
+                walk=12,
+                highest=15,
+                seq=13,
+                frame_id=b"i" * 32,
+                epoch=shard + 1,
+                writer=b"w" * 16,
+                source_epoch=1,
+                source_writer=b"s" * 16,
+                blocks=LogMark(next_offset=14, last_digest=b"b" * 32),
+                diffs=LogMark(next_offset=20 + shard, last_digest=b"d" * 32),
+            )
+        )
+    return make_manifest(parts, resumes)
+
+
 def steps(codec: Codec) -> tuple[Writer, list[tuple[Step, bytes]]]:
     """What a writer makes of the events: each frame's step, and its bytes on the topic."""
     writer = Writer(Wire())
@@ -92,15 +146,15 @@ def files() -> dict[str, bytes]:
     writer, found = steps(Codec.ZSTD)
     made["frame_apply_1_whole"] = found[1][0].whole
     made["frame_opening"], made["frame_epoch"] = writer.wire.records[:2]
-    made["frame_end"] = encode_end(
-        SUCCESSOR, epoch=2, writer=b"v" * 16, generation=GENERATION.generation, chain_id="walk"
-    )
+    made["frame_end"] = encode_end(SUCCESSOR, GENERATION, epoch=2, writer=b"v" * 16)
     chunks = chunk.cut(
         found[0][1], generation=GENERATION.generation, epoch=1, writer=b"w" * 16, number=1, record_bytes_max=400
     )
     made |= {f"chunk_{index}": record for index, record in enumerate(chunks)}
     made["generation_first"] = encode_generation(GENERATION)
     made["generation_second"] = encode_generation(SUCCESSOR)
+    made["manifest"] = encode_manifest(manifest(1))
+    made["manifest_of_shards"] = encode_manifest(manifest(2))
     store = writer.store
     assert isinstance(store, MemoryStore)
     made["journal_entry"] = store.undo[journal.entry_key(3)]

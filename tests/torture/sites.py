@@ -394,7 +394,8 @@ def _look_at_objects(folder: Path) -> dict[str, Any]:
             found[name] = ([entry[:3] for entry in segment.entries], timeless(segment.resume))
         elif path.name == "manifest.json":
             manifest = decode_manifest(path.read_bytes())
-            found[name] = (timeless(manifest.resume), [(part.keys, part.partials) for part in manifest.parts])
+            parts = [(part.keys, part.partials) for part in manifest.parts]
+            found[name] = (list(map(timeless, manifest.resumes)), parts)
         elif path.is_file() and path.suffix != ".sst":
             found[name] = path.stat().st_size
     return found

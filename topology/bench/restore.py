@@ -32,6 +32,7 @@ from topology import restorer, snapshotter
 from topology.bench import loads
 from topology.bench.report import Row
 from topology.bench.workers import Worker, peak_rss_mb
+from topology.restore_plans import Request
 
 SIZES = (100_000, 2_000_000)
 """Keys: where the fixed costs of a restore show, and where they do not: 1% of Bitcoin's coins today."""
@@ -87,7 +88,7 @@ class Builder:
         copy = self._folder / "copy"
         self._store.checkpoint(copy)
         self._store.checkpoint(self._folder / _CHECKPOINT)
-        manifest = snapshotter.take_snapshot(copy, self._folder / "scratch", LocalObjects(self._folder / _OBJECTS))
+        manifest = snapshotter.take_snapshot([copy], self._folder / "scratch", LocalObjects(self._folder / _OBJECTS))
         shutil.rmtree(copy)
         return manifest.keys, count - FINALITY
 
@@ -138,7 +139,7 @@ class Contender:
 
     def _restore(self, *, claimed: bool) -> int:
         objects = LocalObjects(self._folder / _OBJECTS)
-        restored = restorer.restore(objects, self._path, chain=loads.CHAIN, claimed=claimed)
+        restored = restorer.restore(objects, self._path, Request(chain=loads.CHAIN), claimed=claimed)
         assert restored.proof.proven is not claimed, restored.proof
         return restored.keys
 

@@ -66,35 +66,35 @@ def new(settings: Settings, height: int | None, as_json: bool) -> None:
 
 
 async def _begin(broker: Broker, objects: ObjectStore, ended: Generation, manifest: Manifest) -> Generation:
-    """Base manifest first, then the record in `generations`, then the end of the old partition: a crash in between
-    leaves either the old generation, or the new one with an old partition that simply stops."""
+    """Base manifest first, then the record in `generations`, then the ends of the old partitions: a crash in between
+    leaves either the old generation, or the new one with old partitions that simply stop."""
     wanted = Generation(
         generation=secrets.token_bytes(16),
         chain_id=ended.chain_id,
         number=ended.number + 1,
         previous=ended.generation,
         base=manifest.tip.ref,
+        shards=manifest.shards,
     )
     base = await asyncio.to_thread(base_state.republish, objects, manifest, wanted)
     in_force = await topics.open_generation(broker, base_state.with_base(wanted, base))
-    meta = await _last_epoch(broker, ended)
-    if meta is not None:
-        record = generations.encode_end(
-            in_force, epoch=meta.epoch + 1, writer=NO_WRITER, generation=ended.generation, chain_id=ended.chain_id
-        )
-        await broker.append(ended.diffs_topic, 0, [(None, record)])
-    await topics.ensure_opening(broker, in_force, manifest.resume.finality)
+    for shard in range(ended.shards):
+        meta = await _last_epoch(broker, ended, shard)
+        if meta is not None:
+            record = generations.encode_end(in_force, ended, shard=shard, epoch=meta.epoch + 1, writer=NO_WRITER)
+            await broker.append(ended.diffs_topic, shard, [(None, record)])
+    await topics.ensure_openings(broker, in_force, manifest.finality)
     return in_force
 
 
-async def _last_epoch(broker: Broker, ended: Generation) -> Meta | None:
-    """The epoch in force at the end of a diffs topic, by the EPOCH records in it; None if it was never opened."""
-    opened = await topics.opening(broker, ended)
+async def _last_epoch(broker: Broker, ended: Generation, shard: int) -> Meta | None:
+    """The epoch in force at the end of a shard's diffs, by the EPOCH records there; None if it was never opened."""
+    opened = await topics.opening(broker, ended, shard)
     if opened is None:
         return None
     opening: Opening = opened[0]
     meta = opening.meta(offset=0, digest=b"")
-    async for record in topics.records(broker, ended.diffs_topic, 1):
+    async for record in topics.records(broker, ended.diffs_topic, 1, partition=shard):
         header = reign(record.value, meta)
         if header is not None:
             meta = meta.after_epoch(header, offset=record.offset, digest=b"")

@@ -19,7 +19,7 @@ from pipeline.generation import FINALITY_DEFAULT, Generation
 from pipeline.objects import open_objects
 from pipeline.shards import SHARDS_MAX
 from pipeline.sources import bitcoin, bitcoin_files, synthetic
-from topology import base_state, snapshotter, source, topic_check, topics
+from topology import base_state, source, topic_check, topics
 from topology.commands.common import ask_broker, common_options, console, emit, is_terminal, rows
 from topology.settings import CHAIN_DEFAULT, Settings
 from topology.source import Offer, Publisher
@@ -81,8 +81,7 @@ def ingest_bitcoin(
         generation = await topics.current_generation(broker)
         topics.check_shards(shards, generation)
         if base_coins is not None:
-            _check_base_shards(shards or await topics.shards_of_topics(broker))
-            generation = await _base_generation(settings, broker, generation, files[0], base_coins, base_height)
+            generation = await _base_generation(settings, broker, generation, files[0], base_coins, base_height, shards)
         if generation is None:
             _check_first_block(files[0])
             generation = await _new_generation(settings, broker, shards)
@@ -262,16 +261,14 @@ async def _new_generation(settings: Settings, broker: Broker, shards: int | None
     return await topics.open_generation(broker, wanted)
 
 
-def _check_base_shards(shards: int) -> None:
-    if shards > 1:
-        raise UsageError(
-            "a chain that begins with base coins has one shard so far",
-            way_out="leave --shards out, or ingest from the chain's first block on",
-        )
-
-
 async def _base_generation(
-    settings: Settings, broker: Broker, found: Generation | None, file: Path, coins: Path, base_height: int | None
+    settings: Settings,
+    broker: Broker,
+    found: Generation | None,
+    file: Path,
+    coins: Path,
+    base_height: int | None,
+    shards: int | None,
 ) -> Generation:
     """The generation that begins with imported coins, opened here if there is none."""
     raw = next(bitcoin_files.read_blocks(file))
@@ -289,9 +286,14 @@ async def _base_generation(
                 way_out="leave --base-coins out, or use an empty broker",
             )
         return found
-    wanted = Generation(generation=secrets.token_bytes(16), chain_id=settings.chain or CHAIN_DEFAULT, base=base)
+    wanted = Generation(
+        generation=secrets.token_bytes(16),
+        chain_id=settings.chain or CHAIN_DEFAULT,
+        base=base,
+        shards=shards or await topics.shards_of_topics(broker),
+    )
     published = await asyncio.to_thread(
-        snapshotter.publish_base,
+        base_state.publish_base,
         open_objects(settings.objects_url),
         settings.data_dir / "importing",
         wanted,

@@ -14,6 +14,7 @@ from pipeline.stores.rocksdb import RocksStore
 from topology import answers, restorer
 from topology.commands.common import common_options, emit, rows
 from topology.data_dir import DataDir
+from topology.restore_plans import Request
 from topology.settings import Settings
 
 _LEFT = "left-quarantine"
@@ -51,10 +52,10 @@ def _restore(settings: Settings, data_dir: DataDir) -> dict[str, object]:
     """The new state first; the old store is set aside, and kept, before it takes its place."""
     aside = data_dir.path / _LEFT / f"store-{len(list((data_dir.path / _LEFT).glob('store-*')))}"
     aside.parent.mkdir(exist_ok=True)
-    answers.only(data_dir.shard_dirs or [data_dir], "a restore")
     if data_dir.has_store:
-        shutil.move(data_dir.store_path, aside)
-    restored = restorer.restore(open_objects(settings.objects_url), data_dir.path, chain=settings.chain or None)
+        shutil.move(data_dir.stores_path, aside)
+    request = Request(chain=settings.chain or None)
+    restored = restorer.restore(open_objects(settings.objects_url), data_dir.path, request)
     return {"restored": True, "height": restored.ref.height, "old_store": str(aside)}
 
 

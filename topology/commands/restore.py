@@ -8,9 +8,10 @@ import click
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.objects import open_objects
-from topology import reads, restorer, views
+from topology import reads, restorer
 from topology.commands.common import common_options, console, emit, is_terminal, rows
 from topology.data_dir import DataDir
+from topology.restore_plans import Request
 from topology.settings import Settings
 
 
@@ -39,18 +40,13 @@ def restore(settings: Settings, height: int | None, claimed: bool, as_json: bool
             description = f"{at.stage.value} ({at.unit})"
             progress.update(task, description=description, completed=at.done, total=at.total or None)
 
-        restorer.restore(
+        restored = restorer.restore(
             open_objects(settings.objects_url),
             data_dir.path,
-            chain=settings.chain or None,
-            height=height,
+            Request(chain=settings.chain or None, height=height),
             claimed=claimed,
             progress=report,
         )
-        store = data_dir.open_store()
-        try:
-            view = views.view_of(store)
-            document = reads.status(view.meta, view.proof) | {"seconds": round(time.monotonic() - started_s, 3)}
-        finally:
-            store.close()
+        document = reads.standing(restored.metas, restored.proof)
+        document |= {"seconds": round(time.monotonic() - started_s, 3)}
     emit(document, as_json=as_json, text=lambda: rows(document))

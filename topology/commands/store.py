@@ -189,7 +189,8 @@ def snapshot(settings: Settings, height: int | None, as_json: bool) -> None:
     document = ask_worker(settings, {"what": "snapshot", "height": height})
     if document is None:
         with owned_stores(settings) as (data_dir, stores):
-            store, _ = answers.only(stores, "a snapshot")
-            answers.flush_archive(store, settings.objects_url)
-            document = asyncio.run(answers.snapshot(store, data_dir, settings.objects_url, height))
+            for store, _ in stores:
+                answers.flush_archive(store, settings.objects_url)
+            shards = [store for store, _ in stores]
+            document = asyncio.run(answers.snapshot(shards, data_dir, settings.objects_url, height))
     emit(document, as_json=as_json, text=lambda: rows(document))

@@ -1,0 +1,123 @@
+"""Fetching: what a plan names comes from the object store into a folder, and is checked before it counts as there.
+
+    parts/         snapshot parts, by their names
+    segments/      archived segments: SHARD-FIRST-LAST.seg
+
+A file has its name only once its bytes were found to be right; so a crash costs what was on its way, and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline import failpoints
+from pipeline.archive import Segment, SegmentName
+from pipeline.errors import PartCorrupt, SegmentCorrupt
+from pipeline.objects import ObjectStore
+from pipeline.parts import Part, digest_file
+from pipeline.restore import RestorePlan
+from pipeline.snapshot import Manifest
+from topology.data_dir import sync
+
+_THREADS = 8
+
+
+class Fetching:
+    """What is in a folder of what a plan needs."""
+
+    def __init__(self, objects: ObjectStore, folder: Path) -> None:
+        self.fetched_bytes = 0  # by this object
+        self._objects = objects
+        self._folder = folder
+
+    def part_path(self, part: Part) -> Path:
+        return self._folder / "parts" / part.name
+
+    def segment_path(self, name: SegmentName) -> Path:
+        return self._folder / "segments" / f"{name.shard:02d}-{name.first:012d}-{name.last:012d}.seg"
+
+    def segment(self, name: SegmentName) -> Segment:
+        """One that is here."""
+        return open_segment(self.segment_path(name).read_bytes(), name)
+
+    def fetch(self, plan: RestorePlan, report: Callable[[int, int], None]) -> None:
+        """Parts and segments, several at a time; what is here already was checked before. ``report``: bytes fetched,
+        of how many. Raises NotFound, PartCorrupt, SegmentCorrupt, DiskFull."""
+        for folder in ("parts", "segments"):
+            (self._folder / folder).mkdir(exist_ok=True)
+        with _cleared_threads() as threads:
+            pending: set[Future[int]] = set()
+            for part in () if plan.manifest is None else plan.manifest.parts:
+                if not self.part_path(part).exists():
+                    pending.add(threads.submit(self._fetch_part, plan.manifest, part))
+            for segment in plan.segments:
+                if not self.segment_path(segment.name).exists():
+                    pending.add(threads.submit(self._fetch_segment, segment.name))
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                self.fetched_bytes += sum(future.result() for future in done)
+                report(self.fetched_bytes, plan.size_bytes)
+
+    def _fetch_part(self, manifest: Manifest | None, part: Part) -> int:
+        assert manifest is not None
+        name = manifest.part_name(part)
+        with self._incoming(name, self.part_path(part)) as path:
+            size, digest = path.stat().st_size, digest_file(path)
+            if (size, digest) != (part.size_bytes, part.digest):
+                raise PartCorrupt(
+                    f"a part has {size} bytes and digest {digest.hex()}, the manifest says {part.size_bytes} and "
+                    f"{part.digest.hex()}",
+                    where=name,
+                    way_out="restore from another snapshot with --height: `stateferry status` lists them",
+                )
+        failpoints.hit("restore.part_fetched")
+        return part.size_bytes
+
+    def _fetch_segment(self, name: SegmentName) -> int:
+        with self._incoming(str(name), self.segment_path(name)) as path:
+            data = path.read_bytes()
+            open_segment(data, name)
+        return len(data)
+
+    @contextmanager
+    def _incoming(self, name: str, path: Path) -> Iterator[Path]:
+        """Fetch an object; it gets its path once the block inside found no fault."""
+        draft = path.with_suffix(".new")
+        self._objects.fetch_to(name, draft)
+        try:
+            yield draft
+        except BaseException:
+            draft.unlink()
+            raise
+        sync(draft)
+        draft.replace(path)
+        sync(path.parent)
+
+
+@contextmanager
+def _cleared_threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads that do not go on with what is queued once one of them failed."""
+    threads = ThreadPoolExecutor(_THREADS)
+    try:
+        yield threads
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def open_segment(data: bytes, name: SegmentName) -> Segment:
+    """A segment that was fetched under a name. Raises SegmentCorrupt, also if it is another's; Unsupported."""
+    try:
+        segment = Segment.open(data)
+    except SegmentCorrupt as error:
+        raise SegmentCorrupt(
+            error.what,
+            where=str(name),
+            way_out="delete it: a primary whose journal has those blocks archives them again",
+        ) from error
+    resume = segment.resume
+    if SegmentName(resume.chain_id, resume.generation, resume.shard, segment.first, segment.last) != name:
+        raise SegmentCorrupt("a segment stands under another's name", where=str(name))
+    return segment
