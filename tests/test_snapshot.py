@@ -117,6 +117,32 @@ def test_manifests_that_lie(ferry: Ferry) -> None:
         decode_manifest(signed(fields | {"minimum_reader": 3, "unheard_of": True}))
 
 
+def test_manifests_of_shards_that_lie() -> None:
+    """Every shard's parts make its own state, and all shards stand at one position of one history."""
+    manifest = decode_manifest((Path(__file__).parent / "golden/v1/manifest_of_shards.bin").read_bytes())
+    one, other, last = manifest.parts
+    (first, second) = manifest.resumes
+    lies = [
+        replace(manifest, parts=(one, replace(other, partials=last.partials), replace(last, partials=other.partials))),
+        replace(manifest, parts=(one, replace(other, last_key=last.last_key))),
+        replace(manifest, parts=(one, replace(other, keys=2))),
+        replace(manifest, resumes=(second, first)),
+        replace(manifest, resumes=(first,)),
+        replace(manifest, resumes=(first, second, first)),
+        replace(manifest, resumes=(first, replace(second, seq=second.seq + 1))),
+        replace(manifest, resumes=(first, replace(second, generation=b"o" * 16))),
+        replace(manifest, resumes=(first, replace(second, finality=7))),
+    ]
+    for lie in lies:
+        with pytest.raises(ManifestCorrupt):
+            decode_manifest(encode_manifest(lie))
+    fields = json.loads(encode_manifest(manifest))
+    assert decode_manifest(signed(fields)) == manifest
+    for name, value in (("resumes", []), ("resumes", 7), ("shards", 1), ("shards", 4), ("resume", ""), ("format", 1)):
+        with pytest.raises(ManifestCorrupt):
+            decode_manifest(signed(fields | {name: value}))
+
+
 def test_the_same_state_again(ferry: Ferry) -> None:
     """If neither height nor root moved, the snapshot that exists is returned, and nothing is put."""
     first = ferry.snapshot()

@@ -173,15 +173,17 @@ class ShardSet:
             return False
         if self.shards == 1:
             return True
-        # What the splitter and the primaries of other workers wrote meanwhile counts too.
+        splits = self.splitting is not None and self.splitting.is_running
+        if self.splitting is not None and splits:
+            _, end = await self.broker.bounds(self.generation.blocks_topic, 0)
+            if self.splitting.next_blocks < end or not self.splitting.has_sent_all:
+                return False
+        # What the splitter and the primaries of other workers wrote meanwhile counts too: all of it is there by now.
         for node in owned:
             await node.look_at_ends()
         if not all(node.has_consumed_all for node in owned):
             return False
-        if self.splitting is None or not self.splitting.is_running:
-            return self.role is Role.REPLICA or len(owned) < self.shards
-        _, end = await self.broker.bounds(self.generation.blocks_topic, 0)
-        return self.splitting.next_blocks >= end
+        return splits or self.role is Role.REPLICA or len(owned) < self.shards
 
     # Being asked
 

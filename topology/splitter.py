@@ -40,6 +40,7 @@ class Splitting:
         self._splitter: Splitter | None = None
         self._sent: asyncio.Queue[tuple[int, Awaitable[Any]]] = asyncio.Queue()
         self._sent_bytes = 0
+        self._handling = 0  # records taken, and not yet all with the broker
         self._room = asyncio.Event()
 
     async def start(self) -> int:
@@ -94,11 +95,15 @@ class Splitting:
         if splitter is None or offset < self.next_blocks:
             return
         self.next_blocks = offset + 1
-        for shard, records in enumerate(splitter.feed(record, offset)):
-            for one in records:
-                sent = await self._produce(shard, one)
-                self._sent.put_nowait((len(one), sent))
-                self._sent_bytes += len(one)
+        self._handling += 1
+        try:
+            for shard, records in enumerate(splitter.feed(record, offset)):
+                for one in records:
+                    sent = await self._produce(shard, one)
+                    self._sent.put_nowait((len(one), sent))
+                    self._sent_bytes += len(one)
+        finally:
+            self._handling -= 1
         failpoints.hit("split.sent")
         while self._sent_bytes > AHEAD_BYTES_MAX:
             self._room.clear()
@@ -111,6 +116,11 @@ class Splitting:
             await sent
             self._sent_bytes -= size
             self._room.set()
+
+    @property
+    def has_sent_all(self) -> bool:
+        """Whether all that was taken is durable in the partitions of the shards."""
+        return not self._handling and not self._sent_bytes
 
     @property
     def held_bytes(self) -> int:

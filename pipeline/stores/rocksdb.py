@@ -203,15 +203,16 @@ class RocksStore:
             options.set_iterate_upper_bound(stop)
         iterator = snapshot.iter(options)
         iterator.seek(start)
-        return self._walk(iterator, snapshot)
+        return self._walk(iterator, snapshot, options, stop)
 
-    def _walk(self, iterator: object, snapshot: object) -> Iterator[tuple[bytes, bytes]]:
+    def _walk(self, iterator: object, *held: object) -> Iterator[tuple[bytes, bytes]]:
+        """``held``: what the iterator uses and does not keep: its bound is a pointer to somebody's bytes."""
         while iterator.valid():  # type: ignore[attr-defined]
             yield iterator.key(), iterator.value()  # type: ignore[attr-defined]
             iterator.next()  # type: ignore[attr-defined]
         with named_errors(self.path):
             iterator.status()  # type: ignore[attr-defined]
-        del snapshot
+        del held
 
     def checkpoint(self, path: Path) -> None:
         with named_errors(self.path):

@@ -74,6 +74,15 @@ def test_reads_and_scans_equal_a_dict(
     )
 
 
+def test_a_scan_keeps_its_own_bounds(store: Store) -> None:
+    """Bounds made for one call and given away: the scan goes to where it was told to, not to where it finds other
+    bytes."""
+    store.write(Batch(state={number.to_bytes(2, "big"): b"v" for number in range(4096)}))
+    scans = [store.scan(first.to_bytes(2, "big"), (first + 512).to_bytes(2, "big")) for first in range(0, 4096, 512)]
+
+    assert [len(list(scan)) for scan in scans] == [512] * 8
+
+
 def test_scan_sees_the_state_when_it_was_called(store: Store) -> None:
     """What is written after the call, even before the first entry is taken, is not in it."""
     before = {bytes([number]): b"old" for number in range(50)}

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.chains import expected
-from tests.topology.sharded import MAINNET, MAINNET_END, ROOT_599, Sharded, check, same
+from pipeline.errors import UsageError
+from tests.chains import base_coins_path, block_files, expected, load_blocks, write_hex_lines
+from tests.topology.commands import wait_until
+from tests.topology.sharded import MAINNET, MAINNET_END, ROOT_599, Sharded, check, leading, more, same
 
 STEPS = expected("mainnet_0_599")
 FINAL = 499
@@ -54,3 +56,74 @@ def test_any_archived_height(height: int, site: Sharded) -> None:
     site.follow("replica", "h")
 
     same(site, ["p", "h"])
+
+
+def test_promotion(site: Sharded) -> None:
+    """A restored directory, claimed, becomes the primary's: it proves what it holds while it follows."""
+    assert site.here("restore", "--claimed", node="q").ok()["proof"] == "claimed"
+    with site.running("primary", "q") as worker:
+        site.wait_for("q", worker, height=599, state="leading", in_flight=0, proven=True)
+        more(site, 599, 120)
+        taken = site.wait_for("q", worker, height=719, in_flight=0) and site.here("snapshot", node="q").ok()
+    site.follow("replica", "p")
+
+    same(site, ["p", "q"])
+    assert (taken["height"], taken["root"]) == (619, site.anchored()[619])
+
+
+def test_of_a_worker_with_half_of_the_shards(tmp_path: Path) -> None:
+    """Two primaries: either publishes all shards, those of the other from what that one archived."""
+    site = Sharded(tmp_path / "site").begin(4)
+    site.here("ingest", "synthetic", "--blocks", 300, "--changes", 20).ok()
+    with site.running("primary", "p") as first, site.running("primary", "q") as second:
+        wait_until(lambda: len(leading(site, "p")) == len(leading(site, "q")) == 2, second)
+        for node, worker in (("p", first), ("q", second)):
+            wait_until(lambda node=node: all(one["height"] == 299 for one in owned(site, node)), worker)  # type: ignore[misc]
+        archived = 191  # of whole segments; blocks are final up to 199
+        taken = site.here("snapshot").ok()
+        assert (taken["height"], taken["root"]) == (archived, site.anchored()[archived])
+        lower = site.here("snapshot", "--height", archived - 20, node="q").ok()
+        assert (lower["height"], lower["root"]) == (archived - 20, site.anchored()[archived - 20])
+        assert "final up to height 199" in site.here("snapshot", "--height", 200).failed(UsageError)
+    site.here("restore", node="r").ok()
+    assert site.follow("replica", "r")["root"] == site.anchored()[299]
+
+
+def owned(site: Sharded, node: str) -> list[dict[str, object]]:
+    shards: list[dict[str, object]] = site.here("status", node=node).ok()["shards"]
+    return shards
+
+
+def test_base_coins(tmp_path: Path) -> None:
+    """A chain that begins with imported coins, each with its shard; the base is a snapshot like others."""
+    site = Sharded(tmp_path / "site").begin(4)
+    name = "block300025_undo"
+    before, after = expected(name)[0], expected(name)[-1]
+    site.here("ingest", "bitcoin", *block_files(name), "--base-coins", base_coins_path(name)).ok()
+    site.follow_both()
+    assert site.here("verify", node="r").ok()["verified_height"] == after["height"]
+    assert site.muhash("r")["muhash"] == after["muhash"]
+    same(site, ["p", "r"])
+
+    assert site.here("restore", "--height", after["height"] - 1, node="base").ok()["coins"] == before["coins"]
+    assert site.muhash("base")["muhash"] == before["muhash"]
+
+
+def test_new_generation(tmp_path: Path) -> None:
+    """Every partition ends, the next generation has as many shards, and a replica of the old one renews itself."""
+    site = Sharded(tmp_path / "site").begin(2)
+    blocks = write_hex_lines(tmp_path / "a.hex", load_blocks("reorg_floresta", "A"))
+    site.ingest(*block_files("reorg_floresta", "genesis"), blocks)
+    site.follow_both("--finality", 3)
+    assert site.here("snapshot").ok()["height"] == 7
+    begun = site.here("generation", "new").ok()
+    assert (begun["shards"], begun["number"], begun["base"].partition(":")[0]) == (2, 2, "7")
+    site.ingest(blocks)
+    primary = site.follow("primary", "p2")
+    site.follow("replica", "r")
+
+    same(site, ["p2", "r"])
+    assert primary["generation"] == begun["generation"] == site.meta("r").generation.hex()
+    assert site.muhash("r")["muhash"] == expected("reorg_floresta")[1]["muhash"]
+    (kept,) = (site.dir("r") / "left-generations").iterdir()
+    assert sorted(path.name for path in kept.iterdir()) == ["00", "01"]
