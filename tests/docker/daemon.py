@@ -80,7 +80,9 @@ def _wait(process: subprocess.Popen[bytes], log: Path, host: str) -> None:
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while _docker("info", env={"DOCKER_HOST": host}).returncode != 0:
         if process.poll() is not None or time.monotonic() > deadline_s:
-            raise RuntimeError(f"dockerd did not start:\n{log.read_text()[-4000:]}")
+            raise RuntimeError(
+                f"dockerd, which needs all of root's privileges, did not start:\n{log.read_text()[-4000:]}"
+            )
         time.sleep(0.1)
 
 

@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,8 +18,9 @@ from tests.kafka.server import free_port
 WORKERS: Final = ("primary", "replica-1", "replica-2")
 SERVICES: Final = ("kafka", "source", *WORKERS)
 """All that run; `topics` ends when it is done."""
-WAIT_S: Final = 180.0
-"""A condition that does not come true within this has failed: on a busy machine everything here takes seconds."""
+WAIT_S: Final = 300.0
+"""A condition that does not come true within this has failed. Mostly these are seconds; but Docker waits twice as long
+before each start of what ended at once, so that after a crash of all, workers come a while after Kafka does."""
 
 
 def compose_command() -> list[str] | None:
@@ -121,9 +123,9 @@ class Stack:
 
     # What is to be true
 
-    def settled(self) -> dict[str, Any]:
-        """The one position of all workers, once they have followed all that the source published. The source is
-        stopped meanwhile."""
+    @contextmanager
+    def settled(self) -> Iterator[dict[str, Any]]:
+        """The primary's status, once all workers followed all that the source published; meanwhile it is stopped."""
         self.compose("stop", "source")
         ends: list[int] = []
         found: dict[str, Any] = {}
@@ -136,8 +138,10 @@ class Stack:
             return found["primary"]["offsets"]["blocks"] == ends[0] and len(set(map(_place, found.values()))) == 1
 
         self.wait_until("all workers stand at the end of the topic", all_followed)
-        self.compose("start", "source")
-        return found["primary"]
+        try:
+            yield found["primary"]
+        finally:
+            self.compose("start", "source")
 
     def height(self, service: str) -> int:
         return int(self.ask(service, "status")["height"])
