@@ -82,14 +82,25 @@ def test_what_it_leaves_is_a_node(found: dict[str, Any]) -> None:
 
 
 def test_it_ends_its_workers_when_interrupted(tmp_path: Path) -> None:
-    process = subprocess.Popen(demo(tmp_path / "data"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        demo(tmp_path / "data"),
+        cwd=ROOT,
+        env=os.environ | {"PYTHONFAULTHANDLER": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline_s = time.monotonic() + 60
     while not (tmp_path / "data/replica/control.sock").exists():
         assert time.monotonic() < deadline_s and process.poll() is None
         time.sleep(0.05)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    try:
+        process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # it says where each of its threads is
+        pytest.fail(f"it did not end: {process.communicate(timeout=60)[1]}")
 
     assert process.returncode == 130
     assert len(children) >= 2

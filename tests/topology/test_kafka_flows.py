@@ -17,8 +17,9 @@ from tests.chains import block_files, expected
 from tests.kafka.server import Server
 from tests.topology.commands import Site, finish, same_state, wait_until
 
-BLOCKS = block_files("mainnet_0_599")
-MUHASH = [entry["muhash"] for entry in expected("mainnet_0_599")]
+BLOCKS = block_files("regtest_kernel_206")
+END = 206
+MUHASH = expected("regtest_kernel_206")[END]["muhash"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def whole(base: Site, tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 @pytest.mark.parametrize(
-    ("node", "point"), [("p", "propose.produced:200"), ("p", "store.before_write:5"), ("r", "store.after_write:5")]
+    ("node", "point"), [("p", "propose.produced:100"), ("p", "store.before_write:3"), ("r", "store.after_write:2")]
 )
 def test_killed_at(node: str, point: str, whole: Site, base: Site, tmp_path: Path) -> None:
     """kill -9 at a fail point, and a start: every frame once, in order, the same state. More: `tests/torture`."""
@@ -55,7 +56,7 @@ def test_killed_at(node: str, point: str, whole: Site, base: Site, tmp_path: Pat
     assert site.frame_ids() == whole.frame_ids()
     assert site.content("r") == site.content("p") == whole.content("p")
     same_state(site, ["p", "r"])
-    assert site.muhash("r")["muhash"] == MUHASH[599]
+    assert site.muhash("r")["muhash"] == MUHASH
     assert site.meta("p").tip == whole.meta("p").tip
 
 
@@ -63,15 +64,15 @@ def test_killed_at(node: str, point: str, whole: Site, base: Site, tmp_path: Pat
 def test_snapshot_restore_follow(base: Site, tmp_path: Path) -> None:
     """A node restored from a snapshot follows the topic from there, and holds the same."""
     site = base.copy(tmp_path / "site")
-    site.here("run", "--role", "primary", "--until-height", 400).ok()
+    site.here("run", "--role", "primary", "--until-height", 170).ok()
     site.here("snapshot").ok()
     restored = site.here("restore", node="n").ok()
-    assert restored["proof"] == "proven" and restored["height"] < 400
+    assert restored["proof"] == "proven" and restored["height"] < 170
     site.follow("primary", "p")
     site.follow("replica", "n")
 
     same_state(site, ["p", "n"])
-    assert site.muhash("n")["muhash"] == MUHASH[599]
+    assert site.muhash("n")["muhash"] == MUHASH
 
 
 @pytest.mark.usefixtures("kafka_only")
@@ -79,13 +80,13 @@ def test_records_deleted_under_a_store(base: Site, tmp_path: Path) -> None:
     """A store whose next frames are deleted says so and how to go on; nothing is skipped."""
     site = base.copy(tmp_path / "site")
     site.follow("primary", "p")
-    site.here("run", "--role", "replica", "--until-height", 100, node="r").ok()
+    site.here("run", "--role", "replica", "--until-height", 50, node="r").ok()
     with site.opened_log() as log:
-        log.delete_records("diffs", 0, 300)
+        log.delete_records("diffs", 0, 150)
     said = site.here("run", "--role", "replica", "--until-idle", node="r").failed(OffsetOutOfRange)
 
     assert "stateferry restore" in said
-    assert site.meta("r").tip.height == 100
+    assert site.meta("r").tip.height == 50
 
 
 class TestBrokerIsKilled:
@@ -123,7 +124,7 @@ class TestBrokerIsKilled:
             "r": site.start("run", "--role", "replica", node="r"),
         }
         for node, worker in workers.items():
-            site.wait_for(node, worker, height=599)
+            site.wait_for(node, worker, height=END)
         own_kafka.kill()
         time.sleep(2.0)
         for worker in workers.values():

@@ -19,7 +19,7 @@ from topology.transports.base import TopicSpec
 from topology.transports.sqlite_log import SqliteLog
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 30.0  # until a condition counts as never coming true
+PATIENCE_S = 60.0  # until a condition counts as never coming true; a starved machine loses sessions by the way
 
 
 def wait_until(condition: Callable[[], Any], what: str = "the condition") -> Any:
