@@ -201,6 +201,33 @@ SCENES = {
             ("store.before_write", 12),
             ("store.after_write", 12),
         ],
+        [
+            ("archive.before_put", 2),
+            ("archive.after_put", 2),
+            ("snapshot.checkpointed", 1),
+            ("store.taken_back helper", 16),
+            ("snapshot.rolled_back helper", 1),
+            ("snapshot.part_put helper", 2),
+            ("snapshot.before_manifest helper", 1),
+            ("snapshot.after_manifest helper", 1),
+        ],
+    ],
+    "shardrestore": [
+        [
+            ("restore.planned", 1),
+            ("restore.part_fetched", 2),
+            ("restore.before_ingest", 1),
+            ("restore.after_ingest", 2),
+            ("restore.frame_applied", 20),
+            ("prove.range_hashed helper", 1),
+            ("prove.hashed", 2),
+        ],
+        [
+            ("follow.read", 40),
+            ("follow.stepped", 40),
+            ("store.before_write", 2),
+            ("store.after_write", 2),
+        ],
     ],
     "ingest": [
         [

@@ -61,6 +61,7 @@ TEMPLATES: dict[str, tuple[str, Callable[[Site], None]]] = {
     "published": ("", publish),
     "sharded": ("", publish_for_shards),
     "led": ("published", lead),
+    "shardled": ("sharded", lead),
     "followed": ("led", follow),
     "snapped": ("led", snapshot),
 }
@@ -134,9 +135,17 @@ def lostblocks(site: Site, point: Point) -> None:
 
 
 def shards(site: Site, point: Point) -> None:
-    """A primary and a replica of all shards: the splitter, a store each, anchors."""
-    site.run("p", "primary", "--until-idle")
+    """A primary and a replica of all shards: the splitter, a store each, anchors; one snapshot of all."""
+    site.run("p", "primary")
     site.run("r", "replica")
+    site.step("snapshot", node="p")
+
+
+def shardrestore(site: Site, point: Point) -> None:
+    """All shards from parts and segments, then from the log."""
+    site.step("restore", node="s")
+    site.run("s", "replica")
+    site.step("verify", node="s")
 
 
 def ingest(site: Site, point: Point) -> None:
@@ -175,6 +184,7 @@ SCENES: dict[str, tuple[str, Callable[[Site, Point], None]]] = {
     "lost2": ("followed", lost2),
     "lostblocks": ("followed", lostblocks),
     "shards": ("sharded", shards),
+    "shardrestore": ("shardled", shardrestore),
     "ingest": ("opened", ingest),
     "base": ("empty", base),
     "whole": ("opened", whole),
