@@ -287,3 +287,11 @@ class LoginRefused(AccessDenied):
 
 class NotAuthorized(AccessDenied):
     pass
+
+
+class ObjectsDenied(AccessDenied):
+    pass
+
+
+class ObjectsUnavailable(StateferryError):
+    exit_code = 16

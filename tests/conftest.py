@@ -20,6 +20,7 @@ from tests.kafka.fixtures import (  # noqa: F401
     place,
     three_brokers,
 )
+from tests.s3 import s3_bucket, s3_url  # noqa: F401
 
 settings.register_profile("stateferry", deadline=None)
 settings.load_profile("stateferry")

@@ -141,7 +141,9 @@ def test_the_journal_keeps_what_the_archive_wants(driven: Driven) -> None:
         node.follow(random.randrange(1, 30))
         if random.random() < 0.5:
             node.replica.commit()
-        archiver.advance(node.replica, proven=True)
+        if (due := archiver.plan(node.replica, proven=True)) is not None:
+            assert archiver.put(due) is None
+            archiver.done(node.replica, due)
     node.replica.commit()
     archive_all(node, objects)
     node.replica.commit()
@@ -152,7 +154,6 @@ def test_the_journal_keeps_what_the_archive_wants(driven: Driven) -> None:
     assert [info.name for info in objects.list()] == [info.name for info in late_objects.list()]
     assert all(map(same_history, segments_of(objects), segments_of(late_objects)))
     assert node.meta.journal_first_height == node.meta.archived_to > 64
-    assert archiver.gap is None
 
 
 @pytest.mark.parametrize("place", ["archive.before_put", "archive.after_put"])
@@ -203,11 +204,17 @@ def test_a_gap_is_named(driven: Driven) -> None:
     node.follow_and_commit()
     node.archives = True
     node.reopen()
-    archiver = archive_all(node, MemoryObjects(), flush=True)
+    archiver = Archiver(MemoryObjects())
+    due = archiver.plan(node.replica, proven=True, flush=True)
 
-    assert archiver.gap is not None
-    assert archiver.gap[0] == 0
-    assert node.meta.archived_to == node.meta.final_height + 1 or archiver.last_put is None
+    assert due is not None and due.wanted == 0 < due.first
+    assert archiver.put(due) == (0, due.first - 1)
+    archiver.done(node.replica, due)
+    while (due := archiver.plan(node.replica, proven=True, flush=True)) is not None:
+        assert archiver.put(due) is None
+        archiver.done(node.replica, due)
+    node.replica.commit()
+    assert node.meta.archived_to == node.meta.final_height + 1
 
 
 def test_every_flipped_bit_is_found(node: Node) -> None:

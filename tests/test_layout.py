@@ -20,7 +20,10 @@ SHELL_NAMES = {
     *("os.environ", "os.getenv", "os.urandom", "os.getpid", "sys.argv", "sys.exit"),
     *("print", "input", "open"),
 }
-ALLOWED = {"pipeline/objects/local.py": ["secrets"]}  # names of drafts, which nobody ever sees
+ALLOWED = {
+    "pipeline/objects/files.py": ["secrets"],  # names of drafts, which nobody ever sees
+    "pipeline/objects/s3.py": ["time", "datetime.timedelta"],  # pauses before a request is made again
+}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

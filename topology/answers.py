@@ -74,6 +74,7 @@ async def _shard(node: Node) -> dict[str, Any]:
             "in_force": node.state is State.LEADING,
             "void_records": dict(node.voids),
             "refused": None if node.lead is None or node.lead.refused is None else str(node.lead.refused),
+            "archive_trouble": None if node.archive_trouble is None else str(node.archive_trouble),
             "frames_in_flight": node.in_flight,
             "buffers": {name: held._asdict() for name, held in node.buffers.items()},
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pipeline import failpoints
 from pipeline.archive import (
     Committed,
@@ -19,66 +21,113 @@ from pipeline.position import Meta
 from pipeline.replica import Replica
 
 
-class Archiver:
-    """Archives what one node's journal holds.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Due:
+    """A segment that is to be archived. ``first`` is above ``wanted`` where the node's journal has lost what is
+    between; ``is_lost`` if that may be missing in the archive too. ``last`` is below ``first``, and there are no bytes,
+    if nothing else is due."""
 
-    * One call of `advance` puts at most one segment, so that it can run between two commits.
-    * `gap` names heights, both inclusive, that neither the archive nor this node's journal has: a snapshot taken
-      above them makes up for it. Whoever reads it forgets it.
+    prefix: str
+    name: str
+    data: bytes
+    wanted: int
+    first: int
+    last: int
+    is_lost: bool
+
+    @property
+    def blocks(self) -> int:
+        return self.last - self.first + 1
+
+
+class Archiver:
+    """Archives what one node's journal holds: `plan` reads it, `put` is for any thread, `done` tells the node.
+
+    * One segment at a time, so that it can run between two commits.
     * What a crash left in between is put again: the name is taken, the history is the same.
     """
 
     def __init__(self, objects: ObjectStore) -> None:
-        self.gap: tuple[int, int] | None = None
-        self.last_put: tuple[str, int] | None = None  # name and bytes of the last segment, for the log
         self._objects = objects
 
     def advance(self, replica: Replica, *, proven: bool, flush: bool = False) -> int:
         """Put the next segment that is due; how many blocks it has, 0 if none is. Call it again until it is 0.
 
-        ``flush`` closes a shorter segment at the final height. Raises ArchiveConflict if another history stands in
-        the archive, SegmentCorrupt if what stands there cannot be read.
+        ``flush`` as of `plan`. Raises what `put` raises.
         """
-        if not proven or not plan_segments(replica.meta.archived_to, replica.meta.final_height, flush=flush):
+        due = self.plan(replica, proven=proven, flush=flush)
+        if due is None:
             return 0
+        self.put(due)
+        self.done(replica, due)
+        return due.blocks
+
+    def plan(self, replica: Replica, *, proven: bool, flush: bool = False) -> Due | None:
+        """The next segment that is due, or None. ``flush`` closes a shorter one at the final height."""
+        if not proven or not plan_segments(replica.meta.archived_to, replica.meta.final_height, flush=flush):
+            return None
         committed = Committed(replica.store)
         meta = committed.meta
         if meta is None:
-            return 0
+            return None
         wanted = replica.meta.archived_to
-        start = self._start(committed, meta, wanted)
+        start = _journal_start(committed, meta, wanted)
         if start != wanted:
             replica.archived(start)
         due = plan_segments(start, min(meta.final_height, meta.tip.height), flush=flush)
-        if not due:
-            return 0
-        first, last = due[0]
-        data = committed.segment(first, last)
-        name = segment_name(meta.chain_id, meta.generation, meta.shard, first, last)
+        is_lost = start > wanted and meta.journal_first_seq > 1
+        if not due and not is_lost:
+            return None
+        first, last = due[0] if due else (start, start - 1)
+        return Due(
+            prefix=archive_prefix(meta.chain_id, meta.generation, meta.shard),
+            name=segment_name(meta.chain_id, meta.generation, meta.shard, first, last) if due else "",
+            data=committed.segment(first, last) if due else b"",
+            wanted=wanted,
+            first=first,
+            last=last,
+            is_lost=is_lost,
+        )
+
+    def put(self, due: Due) -> tuple[int, int] | None:
+        """Put a segment. Returns the heights, both inclusive, that neither the archive nor the node's journal has: a
+        snapshot taken above them makes up for it.
+
+        Raises ArchiveConflict if another history stands in the archive, SegmentCorrupt if what stands there cannot be
+        read.
+        """
+        gap = self._gap(due) if due.is_lost else None
+        if due.blocks:
+            self._put(due)
+        return gap
+
+    def done(self, replica: Replica, due: Due) -> None:
+        """A segment is in the archive: the next commit may prune what it holds."""
+        replica.archived(due.last + 1)
+
+    def _put(self, due: Due) -> None:
         failpoints.hit("archive.before_put")
         try:
-            self._objects.put_new(name, data)
+            self._objects.put_new(due.name, due.data)
         except AlreadyThere:
-            if not same_history(Segment.open(self._objects.get(name)), Segment.open(data)):
+            if not same_history(Segment.open(self._objects.get(due.name)), Segment.open(due.data)):
                 raise ArchiveConflict(
-                    f"the archive holds another history of heights {first} to {last} than this node",
-                    where=name,
+                    f"the archive holds another history of heights {due.first} to {due.last} than this node",
+                    where=due.name,
                     way_out="audit this node and the one that archived it: `stateferry verify --level full`",
                 ) from None
         failpoints.hit("archive.after_put")
-        self.last_put = (name, len(data))
-        replica.archived(last + 1)
-        return last - first + 1
 
-    def _start(self, committed: Committed, meta: Meta, wanted: int) -> int:
-        """The first height to archive: the one wanted, or where this node's journal begins if it has lost that."""
-        first = wanted
-        stop = min(meta.final_height, meta.tip.height) + 1
-        while first < stop and committed.entry(first) is None:
-            first += 1
-        if first > wanted and meta.journal_first_seq > 1:
-            prefix = archive_prefix(meta.chain_id, meta.generation, meta.shard)
-            names = [parse_segment_name(info.name) for info in self._objects.list(prefix)]
-            reach = covered_to([name for name in names if name is not None], wanted)
-            self.gap = (reach, first - 1) if reach < first else None
-        return first
+    def _gap(self, due: Due) -> tuple[int, int] | None:
+        names = [parse_segment_name(info.name) for info in self._objects.list(due.prefix)]
+        reach = covered_to([name for name in names if name is not None], due.wanted)
+        return (reach, due.first - 1) if reach < due.first else None
+
+
+def _journal_start(committed: Committed, meta: Meta, wanted: int) -> int:
+    """The first height to archive: the one wanted, or where the journal begins if it has lost that."""
+    first = wanted
+    stop = min(meta.final_height, meta.tip.height) + 1
+    while first < stop and committed.entry(first) is None:
+        first += 1
+    return first

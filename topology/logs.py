@@ -27,6 +27,7 @@ EVENTS: Final[dict[str, str]] = {
     "epoch_lost": "epoch, writer",  # of who won
     "group_committed": "height, seq, blocks, changes, bytes",
     "record_voided": "topic, offset, reason",
+    "archive_waits": "error, message",  # the object store cannot be used: what is final stays in the journal
     "segment_archived": "segment, blocks, bytes",
     "archive_gap_left": "first_height, last_height",  # neither archived nor in this node's journal
     "snapshot_taken": "height, manifest, parts, bytes, seconds",

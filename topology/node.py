@@ -113,6 +113,8 @@ class Node:
         self._others_moved = asyncio.Event()  # one of `kept_together` took a frame in
         self._handling = 0  # records taken, and not yet known to be good
         self.archiver: Archiver | None = None
+        self.archive_trouble: StateferryError | None = None  # why nothing is archived now
+        self._archiving = asyncio.Lock()
 
     # Opening and closing
 
@@ -489,20 +491,29 @@ class Node:
         waits = bool(plan_segments(meta.archived_to, meta.final_height))
         return self.archiver is not None and self.is_owned and self.proof.proven and waits
 
-    def archive_once(self, *, flush: bool = False) -> bool:
-        """Archive the next segment, or with ``flush`` what there is of it. False if there was nothing to do."""
-        if self.archiver is None:
+    async def archive_once(self, *, flush: bool = False) -> bool:
+        """Archive the next segment, or with ``flush`` what there is of it. False if there was nothing to do.
+
+        The object store is asked in a thread: frames and reads go on meanwhile. Raises what it raises.
+        """
+        archiver = self.archiver
+        if archiver is None:
             return False
-        self._commit()
-        blocks = self.archiver.advance(self.replica, proven=self.proof.proven, flush=flush)
-        self._commit()
-        gap, self.archiver.gap = self.archiver.gap, None
+        async with self._archiving:
+            self._commit()
+            due = archiver.plan(self.replica, proven=self.proof.proven, flush=flush)
+            if due is None:
+                return False
+            session = self._session
+            gap = await asyncio.to_thread(archiver.put, due)
+            if session == self._session and self._opened:
+                archiver.done(self.replica, due)
+                self._commit()
         if gap is not None:
             log.warning("archive_gap_left", first_height=gap[0], last_height=gap[1])
-        if blocks and self.archiver.last_put is not None:
-            name, size = self.archiver.last_put
-            log.info("segment_archived", segment=name, blocks=blocks, bytes=size)
-        return blocks > 0
+        if due.blocks:
+            log.info("segment_archived", segment=due.name, blocks=due.blocks, bytes=len(due.data))
+        return True
 
     def _where(self) -> dict[str, Any]:
         tip = self.replica.meta.tip

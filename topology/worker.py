@@ -13,6 +13,7 @@ import shutil
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from pipeline.errors import (
     GenerationEnded,
     LogChanged,
     NotFound,
+    ObjectsUnavailable,
     OffsetOutOfRange,
     SettingsConflict,
     UsageError,
@@ -47,6 +49,8 @@ log = logs.get()
 IDLE_S = 2.0
 """Nothing new for this long is idle, once what was there at the start is consumed."""
 _POLL_S = 0.2
+_ARCHIVE_PAUSE_S = 5.0
+"""Between tries while the object store cannot be used."""
 
 Found = TypeVar("Found")
 
@@ -250,8 +254,17 @@ async def _archive(node: Node) -> None:
         if not node.archive_is_due:
             await node.wait_for_progress()
             continue
-        node.archive_once()
-        await asyncio.sleep(0)  # frames and reads go in between
+        try:
+            await node.archive_once()  # frames and reads go in between
+        except ObjectsUnavailable as error:
+            # The journal keeps what is not archived: a primary need not stand still for an object store that does.
+            if node.archive_trouble is None:
+                log.warning("archive_waits", error=error.name, message=str(error))
+            node.archive_trouble = error
+            with suppress(TimeoutError):
+                await asyncio.wait_for(node.stopping.wait(), _ARCHIVE_PAUSE_S)
+        else:
+            node.archive_trouble = None
 
 
 async def _answer(shard_set: ShardSet, request: dict[str, Any]) -> Any:
@@ -274,8 +287,8 @@ async def _answer(shard_set: ShardSet, request: dict[str, Any]) -> Any:
             return {"paths": paths, "role": shard_set.role.value}
         case "snapshot":
             for node in shard_set.owned:
-                while node.archive_once(flush=True):
-                    await asyncio.sleep(0)
+                while await node.archive_once(flush=True):
+                    pass
             stores, url = [node.store for node in shard_set.nodes], shard_set.settings.objects_url
             return await answers.snapshot(stores, shard_set.data_dir, url, request["height"])
         case "verify":

@@ -38,11 +38,13 @@ class ObjectStore(Protocol):
     - A name is one or more segments of letters, digits and ``_.+=@-`` joined by ``/``, none beginning with
     a dot.
       Any other name raises UsageError, before anything is touched: names also come from manifests.
-    - No object's name is a folder of another's: writing ``a/b`` beside ``a`` raises UsageError.
+    - No object's name is a folder of another's: a store that keeps objects as files, or behind S3 does so, refuses
+    to write ``a/b`` beside ``a`` (UsageError, or AlreadyThere behind S3).
     - A reader sees all of an object or nothing, also after a crash. What a call has put is durable when it
     returns.
     - What was listed may be gone when it is read, and what was put may be missing in a listing begun before.
-    - No space, or no permission, raises DiskFull. Any other trouble of the store itself raises OSError.
+    - No space, or no permission, raises DiskFull, behind a network ObjectsDenied. Any other trouble of the store
+    itself raises OSError or ObjectsUnavailable.
     """
 
     def get(self, name: str) -> bytes:

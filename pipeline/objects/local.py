@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,8 +27,8 @@ from pipeline.objects.base import (
     in_the_way,
     not_found,
 )
+from pipeline.objects.files import sync, temporary_in
 
-_TEMPORARY_PREFIX = ".new-"
 _NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -62,11 +61,11 @@ class LocalObjects:
         self._put_new(name, lambda temporary: shutil.copyfile(path, temporary))
 
     def fetch_to(self, name: str, path: Path) -> None:
-        with self._reading(name) as source, _temporary_in(path.parent) as temporary:
+        with self._reading(name) as source, temporary_in(path.parent) as temporary:
             shutil.copyfile(source, temporary)
-            _sync(temporary)
+            sync(temporary)
             temporary.replace(path)
-            _sync(path.parent)
+            sync(path.parent)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         top = self._root / folder_of(prefix)
@@ -87,7 +86,7 @@ class LocalObjects:
         with _disk_errors(path), suppress(*_NOT_THERE):
             if not path.is_dir():
                 path.unlink()
-                _sync(path.parent)
+                sync(path.parent)
 
     def _path(self, name: str) -> Path:
         return self._root / check_name(name)
@@ -110,16 +109,16 @@ class LocalObjects:
                 _make_folder(path.parent)
             except (FileExistsError, NotADirectoryError):
                 raise in_the_way(name, self._root) from None
-            with _temporary_in(path.parent) as temporary:
+            with temporary_in(path.parent) as temporary:
                 write(temporary)
-                _sync(temporary)
+                sync(temporary)
                 try:
                     os.link(temporary, path)
                 except FileExistsError:
                     if path.is_dir():
                         raise in_the_way(name, self._root) from None
                     raise already_there(name, self._root) from None
-                _sync(path.parent)
+                sync(path.parent)
 
 
 def _make_folder(folder: Path) -> None:
@@ -129,28 +128,9 @@ def _make_folder(folder: Path) -> None:
     _make_folder(folder.parent)
     with suppress(FileExistsError):
         folder.mkdir()
-        _sync(folder.parent)
+        sync(folder.parent)
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-
-
-@contextmanager
-def _temporary_in(folder: Path) -> Iterator[Path]:
-    """A path nobody else uses; whatever stands there at the end goes. Made with the user's own file mode."""
-    temporary = folder / f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}"
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """A failed sync is an error for good: a second one would succeed without having written anything."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -153,6 +153,7 @@ class Site:
             prefix = hashlib.sha256(f"{_RUN} {folder}".encode()).hexdigest()[:12]
             self.place = Place(url=self.kafka_url, prefix=f"site-{prefix}.")
         self.objects = folder / "objects"
+        self.objects_url = f"file://{self.objects}"
         folder.mkdir(parents=True, exist_ok=True)
 
     def dir(self, node: str) -> Path:
@@ -160,7 +161,7 @@ class Site:
 
     def options(self, node: str) -> list[str]:
         return [
-            *(*self.place.options, "--objects", f"file://{self.objects}"),
+            *(*self.place.options, "--objects", self.objects_url),
             *("--data-dir", str(self.dir(node)), "--json"),
         ]
 

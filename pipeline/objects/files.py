@@ -1,0 +1,30 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_TEMPORARY_PREFIX = ".new-"
+
+
+@contextmanager
+def temporary_in(folder: Path) -> Iterator[Path]:
+    """A path nobody else uses; whatever stands there at the end goes. Made with the user's own file mode."""
+    temporary = folder / f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """A failed sync is an error for good: a second one would succeed without having written anything."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
