@@ -70,6 +70,7 @@ class Application:
             consumer_group_instance_id=node_id,  # a killed worker has its partitions back at once
             broker_session_timeout=settings.session_timeout_s,
             broker_heartbeat_interval=settings.session_timeout_s / 10,
+            broker_request_timeout=max(90.0, settings.session_timeout_s),  # Faust wants no session longer than this
             broker_max_poll_interval=86_400.0,  # a paused partition is not a dead worker
             producer_request_timeout=60.0,  # the default would hold a primary for 20 minutes
             topic_disable_leader=True,

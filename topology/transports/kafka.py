@@ -3,6 +3,7 @@
 * Every assignment starts at the offsets of the stores (``StoredOffsets``), and an offset that the log does not hold is
   an error: nothing is ever reset.
 * The producer is idempotent, waits for all replicas in sync, and appends nothing behind an append that failed.
+* A member that ends in order leaves its partitions to the others of its group at once, if there are others.
 * Of two members with one instance id the later one stays. The other one ends: it would join again and again.
 * A fetch that waits for a quiet partition holds up all others of the same broker, so it waits briefly.
 
@@ -96,11 +97,25 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         found = [name for name in members if name.startswith(f"{instance}-") and name != self._member_id]
         return str(found[0]) if found else ""
 
+    async def on_thread_stop(self) -> None:
+        """Leave the group if others in it may take over at once. A member that has all there is keeps its place, for
+        when it is started again."""
+        consumer = self._consumer
+        if consumer is not None and not _has_all(consumer):
+            consumer._coordinator._group_instance_id = None  # aiokafka lets nobody leave who has one
+        await super().on_thread_stop()
+
     async def _fetch_records(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return await super()._fetch_records(*args, **kwargs)
         except NoOffsetForPartitionError:
             return {}  # a fetch from before the assignment: the offsets of the stores are being sought right now
+
+
+def _has_all(consumer: Any) -> bool:
+    """Whether a consumer has every partition of what it reads, which is whoever is alone in a group."""
+    there = [consumer.partitions_for_topic(topic) or () for topic in consumer.subscription()]
+    return len(consumer.assignment()) == sum(map(len, there))
 
 
 class Consumer(StoredOffsets, driver.Consumer):  # type: ignore[misc]
