@@ -396,7 +396,7 @@ def _look_at_objects(folder: Path) -> dict[str, Any]:
             manifest = decode_manifest(path.read_bytes())
             parts = [(part.keys, part.partials) for part in manifest.parts]
             found[name] = (list(map(timeless, manifest.resumes)), parts)
-        elif path.is_file() and path.suffix != ".sst":
+        elif path.is_file() and path.suffix != ".sst" and not path.name.startswith(".new-"):  # a put that was killed
             found[name] = path.stat().st_size
     return found
 
