@@ -6,9 +6,11 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.kafka.fixtures import (  # noqa: F401
     broker_server,
@@ -26,22 +28,32 @@ settings.register_profile("stateferry", deadline=None)
 settings.load_profile("stateferry")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist looks for the groups in this hook too
+class _ByFile(LoadScopeScheduling):
+    """What a file has for one broker goes to one process, because it is built on the same fixtures; most tests first.
+    But points of torture stand alone, and whatever needs three brokers uses the same three."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, test = nodeid.partition("::")
+        if any(word in nodeid for word in ("test_broker_loss.py", "kill-broker", "move-leader")):
+            return "three brokers"
+        if "/torture/" in file:
+            return nodeid
+        return f"{file} {next((name for name in kafka_names() if name in test), '')}"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByFile:
+    return _ByFile(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Every test runs on the embedded log and on one Kafka: the versions take turns through a file. On all of them run
-    the suites of the transports, where they may differ, and everything if KAFKA_VERSIONS names them.
-
-    What a file has for one broker goes to one process, because it is built on the same fixtures; but points of torture
-    stand alone, and whatever needs three brokers uses the same three.
-    """
-    found: dict[tuple[str, Path], list[pytest.Item]] = defaultdict(list)
-    for item in items:
-        broker = _broker(item)
-        found[broker, item.path].append(item)
-        if not (item.get_closest_marker("torture") or item.get_closest_marker("xdist_group")):
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {broker}".strip()))
+    the suites of the transports, where they may differ, and everything if KAFKA_VERSIONS names them."""
     if os.environ.get("KAFKA_VERSIONS"):
         return
+    found: dict[tuple[str, Path], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        found[_broker(item), item.path].append(item)
     versions = kafka_names()
     left = {
         item
