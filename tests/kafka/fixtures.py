@@ -1,8 +1,9 @@
 """Brokers for tests: the embedded log, and Apache Kafka in every version that is asked for.
 
-`KAFKA_VERSIONS` names versions (default: the newest; with CI=true all of them, which take turns in most tests, see
-`tests/conftest.py`), `KAFKA_BOOTSTRAP` a broker that runs already. A broker is started once for all processes of a test run, and ended by the last of them. Without Java or Maven
-its tests are skipped, except with CI=true, where they fail.
+`KAFKA_VERSIONS` names versions (default: the newest; with CI=true all of them, which take turns in most tests: see
+`tests/conftest.py`), `KAFKA_BOOTSTRAP` a broker that runs already. A broker is started once for all processes of a
+test run, and ended by the last of them. Without Java or Maven its tests are skipped, except with CI=true, where they
+fail.
 """
 
 from __future__ import annotations
