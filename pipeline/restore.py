@@ -35,6 +35,7 @@ from pipeline.archive import Segment, SegmentName, resume_record
 from pipeline.diff import EMPTY_COUNTS, EMPTY_VECTORS, decode_whole_body, split_tables
 from pipeline.errors import ArchiveConflict, FrameCorrupt, NotFound, RootMismatch, SegmentCorrupt
 from pipeline.frame import NO_HASH, Header
+from pipeline.parts import Part
 from pipeline.position import BEFORE_FIRST_HEIGHT, NO_WRITER, START, Meta, Tip, encode_meta
 from pipeline.snapshot import Manifest, ManifestName
 from pipeline.stores.base import META_KEY, Batch, Store
@@ -80,7 +81,7 @@ class SegmentObject(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestorePlan:
     """``manifest`` None: from the empty state before the first block. ``segments`` lead every shard from there to
-    ``height``."""
+    ``height``. ``only``: the one shard that is wanted; None: all."""
 
     chain_id: str
     generation: bytes
@@ -88,6 +89,19 @@ class RestorePlan:
     manifest: Manifest | None
     segments: tuple[SegmentObject, ...]
     shards: int = 1
+    only: int | None = None
+
+    @property
+    def wanted(self) -> Sequence[int]:
+        """The shards."""
+        return range(self.shards) if self.only is None else [self.only]
+
+    @property
+    def parts(self) -> list[Part]:
+        """Of the shards that are wanted."""
+        if self.manifest is None:
+            return []
+        return [part for shard in self.wanted for part in self.manifest.parts_of(shard)]
 
     def segments_of(self, shard: int) -> list[SegmentObject]:
         """In the order of their heights."""
@@ -96,19 +110,17 @@ class RestorePlan:
     @property
     def size_bytes(self) -> int:
         """What will be fetched."""
-        parts = 0 if self.manifest is None else self.manifest.size_bytes
-        return parts + sum(segment.size_bytes for segment in self.segments)
+        return sum(part.size_bytes for part in self.parts) + sum(segment.size_bytes for segment in self.segments)
 
     @property
     def requests(self) -> int:
-        parts = 0 if self.manifest is None else len(self.manifest.parts)
-        return parts + len(self.segments)
+        return len(self.parts) + len(self.segments)
 
     @property
     def frames(self) -> int:
         """How many archived frames will be applied; one more or less where a chain begins above height 0."""
         start = self.segments[0].name.first if self.manifest is None else self.manifest.height + 1
-        return (self.height - start + 1) * self.shards
+        return (self.height - start + 1) * len(self.wanted)
 
 
 def newest_names(names: Iterable[ManifestName], height: int | None) -> list[ManifestName]:

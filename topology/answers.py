@@ -71,6 +71,7 @@ async def _shard(node: Node) -> dict[str, Any]:
         | {
             "owner": node.data_dir.node_id if node.is_owned else None,
             "state": node.state.value,
+            "restoring": node.is_restoring,
             "in_force": node.state is State.LEADING,
             "void_records": dict(node.voids),
             "refused": None if node.lead is None or node.lead.refused is None else str(node.lead.refused),

@@ -8,7 +8,8 @@ copies/       checkpoints that a running worker made for commands; each is remov
 NODE          the node's id
 refused/      events that a primary did not take, one folder each, with the reason
 quarantine/   evidence of a divergence, one folder each; while one is open the store is not followed or served
-renewing/     what will be the store, of the generation that followed (see `renewal`)
+renewing/     what will be the store, of the generation that followed (see `renewal`); in a shard's folder, what a
+              worker restores beside its other shards (see `restoring`)
 left-generations/    stores of generations that have ended
 log.sqlite    the embedded log, where no other broker is named
 objects/      the object store, where no other is named

@@ -50,7 +50,7 @@ class Fetching:
             (self._folder / folder).mkdir(exist_ok=True)
         with _cleared_threads() as threads:
             pending: set[Future[int]] = set()
-            for part in () if plan.manifest is None else plan.manifest.parts:
+            for part in plan.parts:
                 if not self.part_path(part).exists():
                     pending.add(threads.submit(self._fetch_part, plan.manifest, part))
             for segment in plan.segments:

@@ -90,6 +90,11 @@ class Lead:
         self._stuck, self.refused = None, None
         self._replica.drop_proposed()
 
+    def goes_on_with(self, replica: Replica) -> None:
+        """The shard has another store, and nothing is led."""
+        assert self.primary is None, self.state
+        self._replica = replica
+
     async def start(self) -> int:
         """Find where events are read from: the offset. After every assignment, behind `give_up`."""
         assert self.primary is None, self.state

@@ -23,6 +23,8 @@ EVENTS: Final[dict[str, str]] = {
     "blocks_log_shorter": "stored_offset, end_offset",
     "splitter_started": "offset, walk",
     "shards_owned": "shards, of",
+    "shard_restored": "shard, height, seconds",  # beside the others, from the object store
+    "shard_not_restored": "shard, error, message",  # its frames are followed instead
     "epoch_claimed": "epoch, writer",
     "epoch_lost": "epoch, writer",  # of who won
     "group_committed": "height, seq, blocks, changes, bytes",

@@ -111,6 +111,8 @@ class Node:
         self._started = False  # the store was compared with the logs
         self._session = 0  # counts starts: what was taken before one must not be followed after it
         self._others_moved = asyncio.Event()  # one of `kept_together` took a frame in
+        self._ready = asyncio.Event()  # cleared while the store that is to be is restored beside (`restoring`)
+        self._ready.set()
         self._handling = 0  # records taken, and not yet known to be good
         self.archiver: Archiver | None = None
         self.archive_trouble: StateferryError | None = None  # why nothing is archived now
@@ -201,18 +203,57 @@ class Node:
     async def start(self) -> dict[str, int]:
         """Compare the store with the logs, and say from where to read: topic -> offset. After every assignment that
         gives this shard to this worker."""
-        self._session += 1
+        self.begin_session()
         self.is_owned = False
         self._commit()
+        offsets = await self._find_place()
+        self.last_progress_s = time.monotonic()
+        self.is_owned = self._started = True
+        return offsets
+
+    def begin_session(self) -> None:
+        """What was taken before follows no more."""
+        self._session += 1
+
+    async def _find_place(self) -> dict[str, int]:
         await self._check_diffs()
         self.next_diffs = self.replica.meta.diffs.next_offset
         offsets = {self.generation.diffs_topic: self.next_diffs}
         if self.lead is not None:
             offsets[self.generation.events_topic] = await self.lead.start()
         await self.look_at_ends()
-        self.last_progress_s = time.monotonic()
-        self.is_owned = self._started = True
         return offsets
+
+    # Another store, restored beside
+
+    @property
+    def is_restoring(self) -> bool:
+        """Whether it waits for another store."""
+        return not self._ready.is_set()
+
+    def wait_for_store(self) -> None:
+        """Take no record in until `take_store` or `go_on`."""
+        self._ready.clear()
+
+    async def take_store(self, put_in_place: Callable[[], None]) -> None:
+        """Go on with another store of this shard, which ``put_in_place`` moves to where this one is."""
+        async with self._archiving:
+            self._commit()
+            self._opened = False
+            self.store.close()
+            put_in_place()
+            self.store = RocksStore(self.data_dir.store_path)
+            self._load()
+            self._opened = True
+        if self.lead is not None:
+            self.lead.goes_on_with(self.replica)
+        log.info("node_opened", role=self.role.value, proof=self.proof_word, **self._where())
+
+    async def go_on(self) -> None:
+        """Take records in again, from where the store stands."""
+        await self._find_place()
+        self._ready.set()
+        await self.claim_if_caught_up()
 
     def rest(self) -> None:
         """The shard is another worker's now: keep what the log confirmed, forget the rest."""
@@ -250,6 +291,15 @@ class Node:
     async def on_diffs(self, offset: int, record: bytes) -> None:
         """One record of the diffs topic, in order."""
         session = self._session
+        await self._ready.wait()
+        await self.follow_record(session, offset, record)
+
+    @property
+    def session(self) -> int:
+        return self._session
+
+    async def follow_record(self, session: int, offset: int, record: bytes) -> None:
+        """One record, taken in ``session``, also before the node is ready for those of its stream."""
         await self._wait_for_others()
         if offset < self.next_diffs or session != self._session or not self._takes_records:
             return
@@ -382,7 +432,7 @@ class Node:
     async def claim_if_caught_up(self) -> None:
         """A primary that has read all there was appends its EPOCH, and follows up to it."""
         lead = self.lead
-        if lead is None or lead.state is not State.FOLLOWING or not self._takes_records:
+        if lead is None or lead.state is not State.FOLLOWING or not self._takes_records or self.is_restoring:
             return
         if self.next_diffs < self.ends.diffs:
             return

@@ -23,13 +23,26 @@ log = logs.get()
 
 WORK_FOLDER = "renewing"
 LEFT_FOLDER = "left-generations"
+_REPLACED = "replaced"
 
 
 def settle(data_dir: DataDir) -> None:
-    """Finish a swap that was cut off. The caller has locked the directory."""
-    renewed = DataDir(data_dir.path / WORK_FOLDER)
-    if renewed.has_store and not data_dir.has_store:
-        _take_place(renewed, data_dir)
+    """Finish a swap that was cut off, of the node or of one shard. The caller has locked the directory."""
+    for path in (data_dir.path, *sorted(data_dir.stores_path.glob("[0-9][0-9]"))):
+        one, renewed = DataDir(path), DataDir(path / WORK_FOLDER)
+        if renewed.has_store and not one.has_store:
+            _take_place(renewed, one)
+        shutil.rmtree(path / _REPLACED, ignore_errors=True)
+
+
+def replace_store(shard: DataDir) -> None:
+    """What was restored in `renewing/` of a shard's directory takes the place of the store there, which goes."""
+    aside = shard.path / _REPLACED
+    shutil.rmtree(aside, ignore_errors=True)
+    shard.store_path.rename(aside)
+    sync(shard.path)
+    _take_place(DataDir(shard.path / WORK_FOLDER), shard)
+    shutil.rmtree(aside)
 
 
 def renew(objects: ObjectStore, data_dir: DataDir, history: Sequence[Generation], why: GenerationEnded) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +22,15 @@ _MANIFEST_FILE = "manifest.json"
 
 class Request(NamedTuple):
     """What a restore was asked for. ``chain`` None: the only one there is. ``generation`` None: the newest that leads
-    to ``height``; ``height`` None: as far as it leads."""
+    to ``height``; ``height`` None: as far as it leads. ``shard`` None: all of them."""
 
     chain: str | None = None
     generation: bytes | None = None
     height: int | None = None
+    shard: int | None = None
 
     def fields(self) -> list[Any]:
-        return [self.chain, self.generation and self.generation.hex(), self.height]
+        return [self.chain, self.generation and self.generation.hex(), self.height, self.shard]
 
 
 def plan_restore(objects: ObjectStore, request: Request) -> RestorePlan:
@@ -57,7 +59,10 @@ def plan_restore(objects: ObjectStore, request: Request) -> RestorePlan:
     for _, name in sorted((segment.name.first, segment.name) for segment in segments):
         if name.generation not in shards:
             shards[name.generation] = open_segment(objects.get(str(name)), name).resume.shards
-    return plan(read, segments, request.height, shards=shards)
+    planned = plan(read, segments, request.height, shards=shards)
+    if request.shard is None:
+        return planned
+    return replace(planned, segments=tuple(planned.segments_of(request.shard)), only=request.shard)
 
 
 def read_manifest(objects: ObjectStore, name: str) -> Manifest:
@@ -116,7 +121,8 @@ def written_plan(folder: Path, request: Request) -> RestorePlan | None:
         height=held["height"],
         manifest=manifest,
         segments=tuple(SegmentObject(name, size) for name, size in names if name is not None),
-        shards=held.get("shards", 1),
+        shards=held["shards"],
+        only=request.shard,
     )
 
 

@@ -12,9 +12,11 @@ Renaming that folder to its place is the one moment at which the data directory 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,7 +27,7 @@ from typing import NamedTuple
 from pipeline import failpoints
 from pipeline.block import BlockRef
 from pipeline.errors import AuditFailed, CorruptInput, Diverged, NotEmpty, NotFound, PartCorrupt, StoreCorrupt
-from pipeline.objects import ObjectStore
+from pipeline.objects import ObjectStore, open_objects
 from pipeline.position import Meta, decode_meta, encode_meta
 from pipeline.restore import Replay, RestorePlan, Stage, before_first, settled
 from pipeline.shards import join_metas
@@ -154,11 +156,11 @@ class _Restorer:
         self.fetching.fetch(plan, lambda done, total: self._report(done, total, "bytes"))
         self._enter(Stage.INGEST)
         failpoints.hit("restore.before_ingest")
-        shards = [self.draft.shard(shard, plan.shards) for shard in range(plan.shards)]
-        for number, shard in enumerate(shards):
-            self._ingest(shard.store_path, plan, number)
+        paths = {shard: self.draft.shard(shard, len(plan.wanted)).store_path for shard in plan.wanted}
+        for shard, path in paths.items():
+            self._ingest(path, plan, shard)
         self._enter(Stage.FRAMES)
-        metas = [self._replay(shard.store_path, plan, number) for number, shard in enumerate(shards)]
+        metas = [self._replay(path, plan, shard) for shard, path in paths.items()]
         self._enter(Stage.CLAIMED)
         self._publish()
         return metas, "" if plan.manifest is None else plan.manifest.name
@@ -178,7 +180,7 @@ class _Restorer:
         if plan is not None:
             metas = [meta for one in self.data_dir.shard_dirs if (meta := held_meta(one.store_path)) is not None]
             stands = {(meta.tip.height, meta.base_height) for meta in metas}
-            if len(metas) == plan.shards and stands == {(plan.height, plan.height)}:
+            if len(metas) == len(plan.wanted) and stands == {(plan.height, plan.height)}:
                 self.stage = Stage.CLAIMED
                 return metas, "" if plan.manifest is None else plan.manifest.name
         raise NotEmpty(
@@ -223,7 +225,7 @@ class _Restorer:
             store.ingest([links / part.name for part in parts])
         except StoreCorrupt as error:
             raise PartCorrupt(f"a part cannot be taken in: {error.what}", where=manifest.name) from error
-        self._report(len(parts), len(manifest.parts), "parts")
+        self._report(len(parts), len(plan.parts), "parts")
 
     def _replay(self, path: Path, plan: RestorePlan, shard: int) -> Meta:
         """A shard's archived frames, up to the plan's height; then its store is as it will be, and synced."""
@@ -305,3 +307,27 @@ def held_meta(path: Path) -> Meta | None:
     finally:
         store.close()
     return None if data is None else decode_meta(data)
+
+
+def main() -> int:
+    """The helper process: the state of one shard, claimed, into a directory that has none."""
+    parser = argparse.ArgumentParser(prog="python -m topology.restorer", description=main.__doc__)
+    parser.add_argument("--objects", required=True, help="URL of the object store")
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--chain", required=True)
+    parser.add_argument("--generation", required=True)
+    parser.add_argument("--shard", type=int, required=True)
+    given = parser.parse_args()
+    request = Request(chain=given.chain, generation=bytes.fromhex(given.generation), shard=given.shard)
+
+    def work(report: children.Report) -> int:
+        def note(at: Progress) -> None:
+            report(at.stage.value, at.done, at.total)
+
+        return restore(open_objects(given.objects), given.data_dir, request, claimed=True, progress=note).ref.height
+
+    return children.serve(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

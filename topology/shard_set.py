@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from pipeline.errors import NotFound, StateferryError
 from pipeline.generation import Generation, Opening
@@ -26,6 +26,7 @@ from topology.data_dir import DataDir
 from topology.ending import Ending
 from topology.lead import Produce, State
 from topology.node import Node, Role
+from topology.restoring import Restoring, lacks, newest_resumes
 from topology.sealing import Sealing
 from topology.settings import Settings
 from topology.splitter import ProduceTo, Splitting
@@ -60,6 +61,10 @@ class ShardSet:
         self.generation: Generation = openings[0][0].generation
         self.splitting: Splitting | None = None
         self.anchoring: Anchoring | None = None
+        self._slots = asyncio.Semaphore(os.cpu_count() or 1)
+        self._restoring: dict[int, tuple[Restoring, asyncio.Task[None]]] = {}
+        self._proofs: dict[int, asyncio.Task[None]] = {}
+        self._proving: Callable[[Node], Awaitable[None]] | None = None
         # Shards are for workers that each fill a core; one shard alone would leave the others idle.
         self._sealing = Sealing(beside=len(openings) == 1 and (os.cpu_count() or 1) > 1)
         self.nodes = [
@@ -124,11 +129,15 @@ class ShardSet:
         It is short: stores are compared with the logs, and nothing is restored.
         """
         mine = set(owned)
+        await self._stop_restoring([shard for shard in self._restoring if shard not in mine])
         for node in self.nodes:
             if node.shard not in mine:
                 node.rest()
         nodes = [node for node in self.nodes if node.shard in mine]
-        offsets = await asyncio.gather(*(node.start() for node in nodes))
+        resumes: Sequence[Meta] = ()
+        if self.anchoring is not None and nodes:
+            resumes = await newest_resumes(self.settings.objects_url, self.generation)
+        offsets = await asyncio.gather(*(self._start(node, resumes) for node in nodes))
         if self.shards > 1:
             log.info("shards_owned", shards=sorted(mine), of=self.shards)
         return {
@@ -136,6 +145,57 @@ class ShardSet:
             for node, by_topic in zip(nodes, offsets, strict=True)
             for topic, offset in by_topic.items()
         }
+
+    async def _start(self, node: Node, resumes: Sequence[Meta]) -> dict[str, int]:
+        """Where to read what a shard needs; what it lacks of a snapshot is restored beside."""
+        restoring, task = self._restoring.get(node.shard, (None, None))
+        if restoring is not None and task is not None and not task.done():
+            node.begin_session()
+            return restoring.offsets
+        offsets = await node.start()
+        if not lacks(node, resumes):
+            return offsets
+        restoring = Restoring(
+            node, resumes[node.shard], slots=self._slots, stop_proof=self._stop_proof, prove=self._prove
+        )
+        task = asyncio.create_task(restoring.run())
+        task.add_done_callback(self._restored)
+        self._restoring[node.shard] = (restoring, task)
+        return restoring.offsets
+
+    def _restored(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self.fail(error)
+
+    async def _stop_restoring(self, shards: Iterable[int]) -> None:
+        tasks = [self._restoring.pop(shard)[1] for shard in list(shards)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # Proving
+
+    def prove_with(self, prove: Callable[[Node], Awaitable[None]]) -> None:
+        """Prove every store in the background, and those that are restored later. ``prove``: one of them."""
+        self._proving = prove
+        for node in self.nodes:
+            self._prove(node)
+
+    def _prove(self, node: Node) -> None:
+        assert self._proving is not None
+        self._proofs[node.shard] = asyncio.ensure_future(self._proving(node))
+
+    async def _stop_proof(self, node: Node) -> None:
+        task = self._proofs.pop(node.shard)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def stop(self) -> None:
+        """End what works in the background."""
+        await self._stop_restoring(self._restoring)
+        for shard in list(self._proofs):
+            await self._stop_proof(self.nodes[shard])
 
     async def claim(self) -> None:
         """Claim every shard that has caught up."""

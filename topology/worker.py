@@ -197,7 +197,8 @@ async def _run(shard_set: ShardSet, until: Until, on_open: Callable[[ShardSet], 
     try:
         shard_set.open(application.produce, application.split)
         await control.start()
-        jobs: list[Awaitable[None]] = [_watch(shard_set, until), *map(_prove, shard_set.nodes)]
+        shard_set.prove_with(lambda node: _guard(shard_set, _prove(node)))
+        jobs: list[Awaitable[None]] = [_watch(shard_set, until)]
         if shard_set.role is Role.PRIMARY:
             jobs += map(_archive, shard_set.nodes)
         if shard_set.anchoring is not None:
@@ -210,6 +211,7 @@ async def _run(shard_set: ShardSet, until: Until, on_open: Callable[[ShardSet], 
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await shard_set.stop()
         await control.close()
         shard_set.close()
     if shard_set.ending.failure is not None:

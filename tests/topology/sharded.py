@@ -117,5 +117,11 @@ def leading(site: Sharded, node: str) -> list[int]:
     return [] if done.code else [one["shard"] for one in done.document["shards"] if one.get("in_force")]
 
 
+def heights(site: Sharded, node: str) -> dict[int, int]:
+    """Of the shards that a worker owns; none if it ends just now."""
+    done = site.here("status", node=node)
+    return {} if done.code else {one["shard"]: one["height"] for one in done.document["shards"]}
+
+
 def more(site: Sharded, height: int, blocks: int) -> None:
     site.here("ingest", "synthetic", "--from-height", height, "--blocks", blocks, "--changes", 60).ok()

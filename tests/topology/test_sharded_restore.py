@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import UsageError
 from tests.chains import base_coins_path, block_files, expected, load_blocks, write_hex_lines
 from tests.topology.commands import wait_until
-from tests.topology.sharded import MAINNET, MAINNET_END, ROOT_599, Sharded, check, leading, more, same
+from tests.topology.sharded import MAINNET, MAINNET_END, ROOT_599, Sharded, check, heights, leading, more, same
 
 STEPS = expected("mainnet_0_599")
 FINAL = 499
@@ -78,7 +78,7 @@ def test_of_a_worker_with_half_of_the_shards(tmp_path: Path) -> None:
     with site.running("primary", "p") as first, site.running("primary", "q") as second:
         wait_until(lambda: len(leading(site, "p")) == len(leading(site, "q")) == 2, second)
         for node, worker in (("p", first), ("q", second)):
-            wait_until(lambda node=node: all(one["height"] == 299 for one in owned(site, node)), worker)  # type: ignore[misc]
+            wait_until(lambda node=node: set(heights(site, node).values()) == {299}, worker)  # type: ignore[misc]
         archived = 191  # of whole segments; blocks are final up to 199
         taken = site.here("snapshot").ok()
         assert (taken["height"], taken["root"]) == (archived, site.anchored()[archived])
@@ -87,11 +87,6 @@ def test_of_a_worker_with_half_of_the_shards(tmp_path: Path) -> None:
         assert "final up to height 199" in site.here("snapshot", "--height", 200).failed(UsageError)
     site.here("restore", node="r").ok()
     assert site.follow("replica", "r")["root"] == site.anchored()[299]
-
-
-def owned(site: Sharded, node: str) -> list[dict[str, object]]:
-    shards: list[dict[str, object]] = site.here("status", node=node).ok()["shards"]
-    return shards
 
 
 def test_base_coins(tmp_path: Path) -> None:
