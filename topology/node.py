@@ -205,6 +205,7 @@ class Node:
         gives this shard to this worker."""
         self.begin_session()
         self.is_owned = False
+        self._ready.set()  # what was to be restored was given up with the shard
         self._commit()
         offsets = await self._find_place()
         self.last_progress_s = time.monotonic()

@@ -43,8 +43,11 @@ async def newest_resumes(objects_url: str, generation: Generation) -> Sequence[M
 
 
 def lacks(node: Node, resumes: Sequence[Meta]) -> bool:
-    """Whether a shard is to be restored, and not followed."""
-    return len(resumes) > node.shard and resumes[node.shard].seq - node.committed_meta.seq >= LACKED_MIN
+    """Whether a shard is to be restored, and not followed. Who is to end at a height follows: a restore may lead
+    beyond."""
+    if node.until_height is not None or len(resumes) <= node.shard:
+        return False
+    return resumes[node.shard].seq - node.committed_meta.seq >= LACKED_MIN
 
 
 class Restoring:

@@ -36,7 +36,7 @@ def site(base: Sharded, tmp_path: Path) -> Sharded:
     return Sharded(base.copy(tmp_path / "site").folder)
 
 
-@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("shards", [1, 4])
 def test_newest(shards: int, tmp_path: Path) -> None:
     """The snapshot's height, proven; from there a replica goes on to where the primary is."""
     site = snapped(tmp_path / "site", shards)
@@ -48,7 +48,7 @@ def test_newest(shards: int, tmp_path: Path) -> None:
     same(site, ["p", "r"])
 
 
-@pytest.mark.parametrize("height", [0, 63, 64, 170, 498])
+@pytest.mark.parametrize("height", [63, 170, 498, 499])
 def test_any_archived_height(height: int, site: Sharded) -> None:
     """From the archives of the shards, or the snapshot; the replica goes on from there to the end."""
     assert site.here("restore", "--height", height, node="h").ok()["height"] == height
@@ -74,24 +74,29 @@ def test_promotion(site: Sharded) -> None:
 def test_of_a_worker_with_half_of_the_shards(tmp_path: Path) -> None:
     """Two primaries: either publishes all shards, those of the other from what that one archived."""
     site = Sharded(tmp_path / "site").begin(4)
-    site.here("ingest", "synthetic", "--blocks", 300, "--changes", 20).ok()
-    with site.running("primary", "p") as first, site.running("primary", "q") as second:
+    site.here("ingest", "synthetic", "--blocks", 100, "--changes", 20).ok()
+    finality = ("--finality", 10)
+    quick = {"STATEFERRY_SESSION_TIMEOUT_S": "6"}
+    with (
+        site.running("primary", "p", *finality, env=quick) as first,
+        site.running("primary", "q", *finality, env=quick) as second,
+    ):
         wait_until(lambda: len(leading(site, "p")) == len(leading(site, "q")) == 2, second)
         for node, worker in (("p", first), ("q", second)):
-            wait_until(lambda node=node: set(heights(site, node).values()) == {299}, worker)  # type: ignore[misc]
-        archived = 191  # of whole segments; blocks are final up to 199
+            wait_until(lambda node=node: set(heights(site, node).values()) == {99}, worker)  # type: ignore[misc]
+        archived = 63  # of whole segments; blocks are final up to 89
         taken = site.here("snapshot").ok()
         assert (taken["height"], taken["root"]) == (archived, site.anchored()[archived])
         lower = site.here("snapshot", "--height", archived - 20, node="q").ok()
         assert (lower["height"], lower["root"]) == (archived - 20, site.anchored()[archived - 20])
-        assert "final up to height 199" in site.here("snapshot", "--height", 200).failed(UsageError)
+        assert "final up to height 89" in site.here("snapshot", "--height", 90).failed(UsageError)
     site.here("restore", node="r").ok()
-    assert site.follow("replica", "r")["root"] == site.anchored()[299]
+    assert site.follow("replica", "r")["root"] == site.anchored()[99]
 
 
 def test_base_coins(tmp_path: Path) -> None:
     """A chain that begins with imported coins, each with its shard; the base is a snapshot like others."""
-    site = Sharded(tmp_path / "site").begin(4)
+    site = Sharded(tmp_path / "site").begin(2)
     name = "block300025_undo"
     before, after = expected(name)[0], expected(name)[-1]
     site.here("ingest", "bitcoin", *block_files(name), "--base-coins", base_coins_path(name)).ok()

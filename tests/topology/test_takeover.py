@@ -15,8 +15,9 @@ from tests.topology.commands import wait_until
 from tests.topology.sharded import Sharded, heights, leading, more, same
 
 QUICK = {"STATEFERRY_SESSION_TIMEOUT_S": "6"}  # no broker allows less
-BLOCKS = 420
-ARCHIVED = 319
+FINALITY = ("--finality", 10)
+BLOCKS = 280
+ARCHIVED = 255
 """Of whole segments: where a snapshot stands of a worker that has half of the shards."""
 
 
@@ -31,7 +32,10 @@ def test_a_dead_worker_s_shards(tmp_path: Path) -> None:
     site = Sharded(tmp_path / "site").begin(4)
     site.here("ingest", "synthetic", "--blocks", BLOCKS, "--changes", 20).ok()
     stop = QUICK | {"STATEFERRY_FAILPOINT": "restore.planned:1:stop"}
-    with site.running("primary", "p", env=QUICK) as first, site.running("primary", "q", env=stop) as second:
+    with (
+        site.running("primary", "p", *FINALITY, env=QUICK) as first,
+        site.running("primary", "q", *FINALITY, env=stop) as second,
+    ):
         wait_until(lambda: len(leading(site, "p")) == len(leading(site, "q")) == 2, second)
         mine, others = leading(site, "q"), leading(site, "p")
         for node in "pq":
@@ -61,7 +65,7 @@ def test_a_lost_disk(tmp_path: Path) -> None:
     """A worker whose directory is gone restores all of its shards; what cannot be restored is followed."""
     site = Sharded(tmp_path / "site").begin(2)
     site.here("ingest", "synthetic", "--blocks", BLOCKS, "--changes", 20).ok()
-    site.follow("primary", "p", "--finality", 10)
+    site.follow("primary", "p", *FINALITY)
     manifest = decode_manifest(site.here("snapshot").ok() and next(site.objects.rglob("manifest.json")).read_bytes())
     (part, *_) = manifest.parts_of(1)
     (site.objects / manifest.part_name(part)).unlink()
