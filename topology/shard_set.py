@@ -169,10 +169,13 @@ class ShardSet:
             self.fail(error)
 
     async def _stop_restoring(self, shards: Iterable[int]) -> None:
-        tasks = [self._restoring.pop(shard)[1] for shard in list(shards)]
-        for task in tasks:
+        given_up = {shard: self._restoring.pop(shard)[1] for shard in list(shards)}
+        for task in given_up.values():
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*given_up.values(), return_exceptions=True)
+        for shard in given_up:
+            if shard not in self._proofs:
+                self._prove(self.nodes[shard])  # cancelled between the old store and the new one
 
     # Proving
 
