@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from tests.chains import expected, load_blocks, write_hex_lines
 
 ROOT = Path(__file__).parents[1]
 MUHASH_599 = "ce93177ecb5987744529c6e484b895dea4e4b1d062aef2230583f3f32acc4f8d"
@@ -118,13 +119,15 @@ def test_it_empties_no_folder_of_others(tmp_path: Path) -> None:
 def test_a_mismatch_is_an_exit_code(tmp_path: Path) -> None:
     """Another MuHash than the expected one ends the demo with the code of a divergence."""
     mainnet = tmp_path / "mainnet"
-    shutil.copytree(ROOT / "tests/data/bitcoin/mainnet_0_599", mainnet)
-    expected = json.loads((mainnet / "expected_final.json").read_text())
-    (mainnet / "expected_final.json").write_text(json.dumps(expected | {"muhash": "00" * 32}))
+    mainnet.mkdir()
+    write_hex_lines(mainnet / "blk00000.dat", load_blocks("mainnet_0_599")[:60])
+    entry = expected("mainnet_0_599")[59]
+    wrong = {"height": 59, "tip": entry["hash"], "muhash": "00" * 32}
+    (mainnet / "expected_final.json").write_text(json.dumps(wrong))
     sizes = ("--mainnet", str(mainnet), "--blocks", "34", "--changes", "10")
     done = subprocess.run(demo(tmp_path / "data", *sizes), cwd=ROOT, capture_output=True, text=True, check=False)
     document = json.loads(done.stdout)
 
     assert (done.returncode, document["agreed"]) == (3, False)
     assert len(document["mismatches"]) == 2
-    assert all("MuHash at height 599" in mismatch for mismatch in document["mismatches"])
+    assert all("MuHash at height 59" in mismatch for mismatch in document["mismatches"])
