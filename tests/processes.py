@@ -10,6 +10,7 @@ import atexit
 import multiprocessing
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -34,13 +35,14 @@ _server.set_forkserver_preload(list(PRELOAD))
 
 
 def _become(
+    script: Path | None,
     words: tuple[str, ...],
     environment: dict[str, str],
     folder: Path,
     files: tuple[Path, Path],
     file_bytes_max: int | None,
 ) -> None:
-    """In the new process: the command."""
+    """In the new process: the command, or the script."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -49,7 +51,10 @@ def _become(
             os.dup2(file.fileno(), number)
     if file_bytes_max is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes_max, file_bytes_max))
-    sys.argv = ["stateferry", *words]
+    sys.argv = [str(script or "stateferry"), *words]
+    if script is not None:
+        runpy.run_path(str(script), run_name="__main__")
+        return
 
     from topology.cli import main  # noqa: PLC0415
 
@@ -60,7 +65,7 @@ class Command:
     """A command that runs, with the methods of a `subprocess.Popen`.
 
     What it says goes to the file ``output``, or is there for `communicate`. No file that it writes gets longer than
-    ``file_bytes_max``.
+    ``file_bytes_max``. With ``script`` it is that, in Python, instead of `stateferry`.
     """
 
     def __init__(
@@ -70,12 +75,13 @@ class Command:
         folder: Path,
         output: Path | None = None,
         file_bytes_max: int | None = None,
+        script: Path | None = None,
     ) -> None:
         self.args = words
         self._said = tempfile.TemporaryDirectory(prefix="stateferry-said-")
         own = Path(self._said.name)
-        self._output, self._errors = (output, output) if output else (own / "output", own / "errors")
-        given = (words, environment, folder, (self._output, self._errors), file_bytes_max)
+        self.output, self.errors = (output, output) if output else (own / "output", own / "errors")
+        given = (script, words, environment, folder, (self.output, self.errors), file_bytes_max)
         before = os.environ.get("PYTHONPATH")
         # Of the server, which the first command starts.
         os.environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
@@ -129,10 +135,10 @@ class Command:
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """What it said, and what it said on stderr, once it has ended."""
         self.wait(timeout)
-        return self._output.read_text(), self._errors.read_text()
+        return self.output.read_text(), self.errors.read_text()
 
     def told(self) -> str:
-        return self._output.read_text()
+        return self.output.read_text()
 
 
 _living: WeakSet[Command] = WeakSet()

@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from tests.processes import ROOT, Command
 from topology.transports.base import TopicSpec
 from topology.transports.sqlite_log import SqliteLog
 
-ROOT = Path(__file__).parents[2]
 PATIENCE_S = 60.0  # until a condition counts as never coming true; a starved machine loses sessions by the way
 
 
@@ -37,55 +35,49 @@ class Process:
     """A Python script in a process of its own that prints facts, one JSON object per line."""
 
     def __init__(self, script: str, *arguments: str) -> None:
-        self.facts: list[dict[str, Any]] = []
-        self.popen = subprocess.Popen(
-            [sys.executable, script, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-        self.errors = ""
-        self._threads = [threading.Thread(target=self._read_facts), threading.Thread(target=self._read_errors)]
-        for thread in self._threads:
-            thread.start()
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        self._command = Command(*arguments, script=Path(script), environment=environment, folder=ROOT)
+        self._facts: list[dict[str, Any]] = []
+        self._read_to = 0
 
-    def _read_facts(self) -> None:
-        assert self.popen.stdout is not None
-        for line in self.popen.stdout:
-            if line.startswith("{") and line.endswith("}\n"):
-                self.facts.append(json.loads(line))
+    @property
+    def facts(self) -> list[dict[str, Any]]:
+        """All so far."""
+        if self._command.output.exists():
+            with self._command.output.open("rb") as said:
+                said.seek(self._read_to)
+                whole, _, _ = said.read().rpartition(b"\n")
+            if whole:
+                self._read_to += len(whole) + 1
+                lines = (line for line in whole.split(b"\n") if line.startswith(b"{") and line.endswith(b"}"))
+                self._facts += map(json.loads, lines)
+        return self._facts
 
-    def _read_errors(self) -> None:
-        assert self.popen.stderr is not None
-        self.errors = self.popen.stderr.read()
+    @property
+    def errors(self) -> str:
+        return self._command.errors.read_text()
 
     def all(self, name: str) -> list[dict[str, Any]]:
         """Return the facts so far that have ``name``."""
-        return [fact for fact in list(self.facts) if name in fact]
+        return [fact for fact in self.facts if name in fact]
 
     def last(self, name: str) -> Any:
         """Return the newest value of ``name``, None if there is none yet."""
         facts = self.all(name)
         return facts[-1][name] if facts else None
 
-    def end(self, signal_number: int = signal.SIGKILL) -> int:
+    def end(self, signal_number: signal.Signals = signal.SIGKILL) -> int:
         """Send a signal, wait for the end and return the exit code."""
-        if self.popen.poll() is None:
-            self.popen.send_signal(signal_number)
+        self._command.send_signal(signal_number)
         return self.wait()
 
     def wait(self) -> int:
-        """Wait for the end and for everything that was printed."""
+        """Wait for the end."""
         try:
-            code = self.popen.wait(PATIENCE_S)
+            return self._command.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
-            self.popen.kill()
+            self._command.kill()
             raise
-        for thread in self._threads:
-            thread.join()
-        return code
 
 
 @pytest.fixture
