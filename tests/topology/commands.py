@@ -239,11 +239,13 @@ class Site:
 
     def put_to_sleep(self, process: Command) -> None:
         """Stop a worker until it gets SIGCONT, at a time when it does not hold the embedded log's lock."""
-        process.send_signal(signal.SIGSTOP)
-        while not self.place.is_kafka and self._is_log_locked():
+        while True:
+            process.send_signal(signal.SIGSTOP)
+            wait_until(lambda: process.is_stopped, process)  # until then it may still take the lock
+            if self.place.is_kafka or not self._is_log_locked():
+                return
             process.send_signal(signal.SIGCONT)
             time.sleep(0.05)
-            process.send_signal(signal.SIGSTOP)
 
     # The log
 
