@@ -92,6 +92,9 @@ class SecuredServer(Server):
                 more[f"{listener}.plain.sasl.jaas.config"] = f"{module}.plain.PlainLoginModule required {known};"
         return plain | more
 
+    def _open_ports(self) -> list[int]:
+        return [*super()._open_ports(), *self.ports.values()]
+
     def _format_arguments(self) -> list[str]:
         return [
             word

@@ -200,9 +200,14 @@ class Server:
                 cwd=self.folder,
             )
 
+    def _open_ports(self) -> list[int]:
+        """Of its listeners, which do not begin all at once."""
+        return [self.port, *(one.port for one in self.behind)]
+
     def _takes_connections(self) -> bool:
         try:
-            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+            for port in self._open_ports():
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
         except OSError:
             return False
         return True
