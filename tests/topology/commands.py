@@ -153,7 +153,7 @@ class Site:
             prefix = hashlib.sha256(f"{_RUN} {folder}".encode()).hexdigest()[:12]
             self.place = Place(url=self.kafka_url, prefix=f"site-{prefix}.")
         self.objects = folder / "objects"
-        self.objects_url = f"file://{self.objects}"
+        self.bucket_url = ""  # where the objects are; empty: in `objects`
         folder.mkdir(parents=True, exist_ok=True)
 
     def dir(self, node: str) -> Path:
@@ -161,7 +161,7 @@ class Site:
 
     def options(self, node: str) -> list[str]:
         return [
-            *(*self.place.options, "--objects", self.objects_url),
+            *(*self.place.options, "--objects", self.bucket_url or f"file://{self.objects}"),
             *("--data-dir", str(self.dir(node)), "--json"),
         ]
 

@@ -22,7 +22,7 @@ FINALITY = 6
 @pytest.fixture
 def site(tmp_path: Path, s3_url: str) -> Site:
     site = Site(tmp_path / "site")
-    site.objects_url = s3_url
+    site.bucket_url = s3_url
     return site
 
 
@@ -39,7 +39,7 @@ def test_restored_from_a_bucket(
     """Archive, snapshot, restore at two heights, and on from there: the same as from a directory, whatever the line
     does to every so many-th request."""
     site.ingest(write_hex_lines(tmp_path / "some.hex", BLOCKS[:120]))
-    endpoint, objects = os.environ["AWS_ENDPOINT_URL"], open_objects(site.objects_url)
+    endpoint, objects = os.environ["AWS_ENDPOINT_URL"], open_objects(site.bucket_url)
     with faulty(endpoint, fault, every or 1_000_000) as spoilt:
         monkeypatch.setenv("AWS_ENDPOINT_URL", spoilt)
         site.follow("primary", "p", "--finality", FINALITY)
@@ -60,7 +60,7 @@ def test_restored_from_a_bucket(
 def test_server_that_is_away(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The primary goes on without it, says so, and archives all of it once the server is back."""
     site.ingest(write_hex_lines(tmp_path / "all.hex", BLOCKS))
-    endpoint, objects = os.environ["AWS_ENDPOINT_URL"], open_objects(site.objects_url)
+    endpoint, objects = os.environ["AWS_ENDPOINT_URL"], open_objects(site.bucket_url)
     with faulty(endpoint, "", 1_000_000) as spoilt:
         port = urlsplit(spoilt).port or 0
     monkeypatch.setenv("AWS_ENDPOINT_URL", spoilt)

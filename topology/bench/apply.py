@@ -54,7 +54,7 @@ BLOCKS = 200
 """The second half of them prunes and archives, as finality is 100."""
 REPEATS = 40
 """Times that the real block is applied."""
-_TURN_BLOCKS = 20
+_TURN_BLOCKS = 50
 
 
 class Taken(NamedTuple):
