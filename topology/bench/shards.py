@@ -79,9 +79,11 @@ def _measure(shards: int, blocks: int, changes: int, broker: str, *, on_one_core
 
 
 def _pin(process_id: int) -> None:
-    """All threads of a process, and what it starts from now on, to one core. Linux only."""
+    """All threads of a process, and of what it started and starts from now on, to one core. Linux only."""
     for thread in Path(f"/proc/{process_id}/task").iterdir():
         os.sched_setaffinity(int(thread.name), {min(os.sched_getaffinity(0))})
+        for child in (thread / "children").read_text().split():
+            _pin(int(child))
 
 
 def _wait_until_shared(nodes: list[Node], dirs: list[Path], shards: int) -> None:
