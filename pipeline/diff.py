@@ -83,15 +83,14 @@ class Diff:
         for portion in portions:
             for table_id, table in self.tables.items():
                 accumulator = accumulators[table_id]
-
-                def elements(keys: Sequence[bytes], values: Sequence[bytes]) -> list[bytes]:
-                    return lthash.elements(table_id, portion.of(keys), portion.of(values))  # noqa: B023
-
-                accumulator.add(elements(table.created_keys, table.created_values))
-                accumulator.subtract(elements(table.deleted_keys, table.deleted_befores))
-                if table.updated_keys:
-                    accumulator.add(elements(table.updated_keys, table.updated_afters))
-                    accumulator.subtract(elements(table.updated_keys, table.updated_befores))
+                for keys, values, count in (
+                    (table.created_keys, table.created_values, accumulator.add),
+                    (table.deleted_keys, table.deleted_befores, accumulator.subtract),
+                    (table.updated_keys, table.updated_afters, accumulator.add),
+                    (table.updated_keys, table.updated_befores, accumulator.subtract),
+                ):
+                    if keys:
+                        count(lthash.elements(table_id, portion.of(keys), portion.of(values)))
         return {table_id: accumulator.vector() for table_id, accumulator in accumulators.items()}
 
 

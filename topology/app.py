@@ -163,9 +163,7 @@ class Application:
                 task.cancel()
             await asyncio.gather(*beside, crashed, stopping, return_exceptions=True)
             ending = asyncio.create_task(self.app.stop())
-            await asyncio.wait(
-                {ending}, timeout=STOP_TIMEOUT_S
-            )  # Faust's services take no cancellation while they stop
+            await asyncio.wait({ending}, timeout=STOP_TIMEOUT_S)  # Faust's services take no cancellation meanwhile
             if not ending.done():
                 log.warning("stop_cut_short", seconds=STOP_TIMEOUT_S)
 

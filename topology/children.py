@@ -72,15 +72,20 @@ async def run(module: str, arguments: Sequence[str], report: Report = no_report)
         outcome = await _read(process, report)
         code = await process.wait()
     finally:
-        if process.returncode is None:
-            with suppress(ProcessLookupError):
-                process.kill()
-        await process.communicate()  # to the end of its pipes, so that nothing of it outlives the loop
+        await kill(process)
     if "error" in outcome:
         raise _raised(outcome["error"])
     if "result" not in outcome:
         raise StateferryError(f"the helper process {module} ended early, with code {code}", way_out="try again")
     return outcome["result"]
+
+
+async def kill(process: asyncio.subprocess.Process) -> None:
+    """End a process at once if it lives, and read to the end of its pipes, so that nothing of it outlives the loop."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            process.kill()
+    await process.communicate()
 
 
 async def _read(process: asyncio.subprocess.Process, report: Report) -> dict[str, Any]:

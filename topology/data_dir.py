@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.errors import DiskFull, Locked, NotFound, Quarantined, StateferryError
+from pipeline.objects.files import sync
 from pipeline.stores.rocksdb import RocksStore
 
 _EVIDENCE = "evidence.json"
@@ -186,12 +187,3 @@ def _write_evidence(folder: Path, error: StateferryError, record: bytes, **facts
             os.fsync(file.fileno())
     sync(folder)
     sync(folder.parent)
-
-
-def sync(path: Path) -> None:
-    """Make a file's bytes, or what was renamed or made in a folder, last."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

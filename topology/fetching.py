@@ -17,10 +17,10 @@ from pipeline import failpoints
 from pipeline.archive import Segment, SegmentName
 from pipeline.errors import PartCorrupt, SegmentCorrupt
 from pipeline.objects import ObjectStore
+from pipeline.objects.files import written_whole
 from pipeline.parts import Part, digest_file
 from pipeline.restore import RestorePlan
 from pipeline.snapshot import Manifest
-from topology.data_dir import sync
 
 _THREADS = 8
 
@@ -85,16 +85,9 @@ class Fetching:
     @contextmanager
     def _incoming(self, name: str, path: Path) -> Iterator[Path]:
         """Fetch an object; it gets its path once the block inside found no fault."""
-        draft = path.with_suffix(".new")
-        self._objects.fetch_to(name, draft)
-        try:
+        with written_whole(path) as draft:
+            self._objects.fetch_to(name, draft)
             yield draft
-        except BaseException:
-            draft.unlink()
-            raise
-        sync(draft)
-        draft.replace(path)
-        sync(path.parent)
 
 
 @contextmanager

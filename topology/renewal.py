@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from pipeline.errors import GenerationEnded, NotFound
 from pipeline.generation import Generation
 from pipeline.objects import ObjectStore
+from pipeline.objects.files import sync
 from pipeline.position import Meta
 from topology import logs, restorer
-from topology.data_dir import DataDir, sync
+from topology.data_dir import DataDir
 from topology.restore_plans import Request
 
 log = logs.get()

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from pipeline.archive import parse_segment_name
 from pipeline.errors import ManifestCorrupt, UsageError
 from pipeline.objects import ObjectStore
+from pipeline.objects.files import written_whole
 from pipeline.restore import RestorePlan, SegmentObject, newest_names, plan
 from pipeline.snapshot import Manifest, ManifestName, decode_manifest, parse_manifest_name
-from topology.data_dir import sync
 from topology.fetching import open_segment
 
 _PLAN_FILE = "plan.json"
@@ -90,7 +90,8 @@ def write_plan(folder: Path, objects: ObjectStore, request: Request, made: Resto
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if made.manifest is not None:
-        _write_durably(folder / _MANIFEST_FILE, objects.get(made.manifest.name))
+        with written_whole(folder / _MANIFEST_FILE) as draft:
+            draft.write_bytes(objects.get(made.manifest.name))
     fields = {
         "request": request.fields(),
         "chain": made.chain_id,
@@ -100,7 +101,8 @@ def write_plan(folder: Path, objects: ObjectStore, request: Request, made: Resto
         "manifest": "" if made.manifest is None else made.manifest.name,
         "segments": [[str(segment.name), segment.size_bytes] for segment in made.segments],
     }
-    _write_durably(folder / _PLAN_FILE, json.dumps(fields, indent=1).encode())
+    with written_whole(folder / _PLAN_FILE) as draft:
+        draft.write_bytes(json.dumps(fields, indent=1).encode())
 
 
 def written_plan(folder: Path, request: Request) -> RestorePlan | None:
@@ -124,11 +126,3 @@ def written_plan(folder: Path, request: Request) -> RestorePlan | None:
         shards=held["shards"],
         only=request.shard,
     )
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    draft = path.with_suffix(".new")
-    draft.write_bytes(data)
-    sync(draft)
-    draft.replace(path)
-    sync(path.parent)

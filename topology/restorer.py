@@ -28,6 +28,7 @@ from pipeline import failpoints
 from pipeline.block import BlockRef
 from pipeline.errors import AuditFailed, CorruptInput, Diverged, NotEmpty, NotFound, PartCorrupt, StoreCorrupt
 from pipeline.objects import ObjectStore, open_objects
+from pipeline.objects.files import sync
 from pipeline.position import Meta, decode_meta, encode_meta
 from pipeline.restore import Replay, RestorePlan, Stage, before_first, settled
 from pipeline.shards import join_metas
@@ -35,7 +36,7 @@ from pipeline.stores.base import META_KEY, PROOF_KEY, Batch
 from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import Proof, encode_proof
 from topology import children
-from topology.data_dir import DataDir, sync
+from topology.data_dir import DataDir
 from topology.fetching import Fetching
 from topology.restore_plans import Request, plan_restore, write_plan, written_plan
 from topology.verifier import prove

@@ -36,11 +36,9 @@ _CHANGES_MIN = 200
 _PORTION_CHANGES = 200
 """About a millisecond of hashing."""
 _SLOTS = 16
-"""Blocks whose portions are shared out at a time. Of any more the process makes all."""
+"""Blocks that are with the process at a time. Any more are sealed here."""
 _LOCK_TIMEOUT_S = 1.0
 """The lock is held for microseconds: if it is not had after this, the process was killed or stopped with it."""
-
-
 _COLUMNS = [field.name for field in fields(TableDiff) if field.name != "schema"]
 
 

@@ -2,8 +2,8 @@
 
 A replica owns all of them and keeps them together: it writes a frame once every shard has it, so that its stores stand
 at one position. A primary owns what its group gives it, and each of its shards goes its own way. A shard that comes to
-a worker anew is followed from the start of its frames, or from where the worker's store stands, until it has caught up:
-then it is claimed. The other shards go on meanwhile.
+a worker anew is restored beside (`restoring`) if the newest snapshot is far ahead of it, and followed from where its
+store stands, until it has caught up: then it is claimed. The other shards go on meanwhile.
 
 With one shard all of this is one node, owned for ever.
 """
@@ -126,7 +126,7 @@ class ShardSet:
     async def start(self, owned: Iterable[int]) -> dict[tuple[str, int], int]:
         """Take these shards up and lay the others down: by topic and partition, where to read. After every assignment.
 
-        It is short: stores are compared with the logs, and nothing is restored.
+        It is short: stores are compared with the logs, and what is to be restored is only begun.
         """
         mine = set(owned)
         await self._stop_restoring([shard for shard in self._restoring if shard not in mine])

@@ -21,8 +21,20 @@ def temporary_in(folder: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A draft, which takes the place of what stands at ``path`` once the block is through, and lasts."""
+    with temporary_in(path.parent) as draft:
+        yield draft
+        sync(draft)
+        draft.replace(path)
+        sync(path.parent)
+
+
 def sync(path: Path) -> None:
-    """A failed sync is an error for good: a second one would succeed without having written anything."""
+    """Make a file's bytes, or what was renamed or made in a folder, last.
+
+    A failed sync is an error for good: a second one would succeed without having written anything."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -27,7 +27,7 @@ from pipeline.objects.base import (
     in_the_way,
     not_found,
 )
-from pipeline.objects.files import sync, temporary_in
+from pipeline.objects.files import sync, temporary_in, written_whole
 
 _NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -61,11 +61,8 @@ class LocalObjects:
         self._put_new(name, lambda temporary: shutil.copyfile(path, temporary))
 
     def fetch_to(self, name: str, path: Path) -> None:
-        with self._reading(name) as source, temporary_in(path.parent) as temporary:
-            shutil.copyfile(source, temporary)
-            sync(temporary)
-            temporary.replace(path)
-            sync(path.parent)
+        with self._reading(name) as source, written_whole(path) as draft:
+            shutil.copyfile(source, draft)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         top = self._root / folder_of(prefix)

@@ -32,7 +32,7 @@ from pipeline.objects.base import (
     folder_of,
     not_found,
 )
-from pipeline.objects.files import sync, temporary_in
+from pipeline.objects.files import written_whole
 
 _RETRIES_MAX = 3
 _RETRY_TIMEOUT_S = 10.0
@@ -101,11 +101,8 @@ class S3Objects:
         self.put_new(check_name(name), path.read_bytes())
 
     def fetch_to(self, name: str, path: Path) -> None:
-        with self._trouble(check_name(name)), temporary_in(path.parent) as temporary:
-            _persist(lambda: self._download(name, temporary))
-            sync(temporary)
-            temporary.replace(path)
-            sync(path.parent)
+        with self._trouble(check_name(name)), written_whole(path) as draft:
+            _persist(lambda: self._download(name, draft))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         folder = folder_of(prefix)

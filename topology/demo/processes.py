@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline import errors
 from pipeline.errors import StateferryError
-from topology import control
+from topology import children, control
 from topology.data_dir import DataDir
 from topology.settings import CONFIG_VARIABLE
 
@@ -126,14 +126,10 @@ async def end(process: asyncio.subprocess.Process) -> None:
     with suppress(ProcessLookupError):
         process.terminate()
     try:
-        await asyncio.wait_for(process.wait(), _STOP_TIMEOUT_S)
-    except (TimeoutError, asyncio.CancelledError) as stopped:
-        with suppress(ProcessLookupError):
-            process.kill()
-        if isinstance(stopped, asyncio.CancelledError):
-            raise
+        with suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), _STOP_TIMEOUT_S)
     finally:
-        await process.communicate()  # to the end of its pipes, so that nothing of it outlives the loop
+        await children.kill(process)
 
 
 def _last_lines(log: Path) -> str:
