@@ -32,6 +32,8 @@ from pipeline.errors import NotFound, StateferryError
 from pipeline.frame import Kind
 from pipeline.generation import Generation, decode_generation, history
 from pipeline.position import Meta, decode_meta
+from pipeline.sources import coins
+from pipeline.state import UTXO
 from pipeline.stores.base import META_KEY
 from pipeline.stores.rocksdb import RocksStore
 from tests.kafka.fixtures import Place
@@ -387,3 +389,21 @@ def same_state(site: Site, nodes: Sequence[str]) -> None:
 
         assert (found.tip, found.seq, found.frame_id, found.walk) == (meta.tip, meta.seq, meta.frame_id, meta.walk)
         assert site.content(other) == content
+
+
+def check(site: Site, node: str, entry: dict[str, Any]) -> str:
+    """A node holds the expected set, by its own content, and has proven it. Returns its root."""
+    found = site.muhash(node)
+    amount_sat = sum(
+        coins.decode(value).amount_sat
+        for storage_key, stored in site.content(node).items()
+        for _, value in UTXO.items(storage_key, stored)
+    )
+    claimed = {"height": entry["height"]} if "height" in entry else {}
+    claimed |= {"block_hash": entry.get("tip") or entry["hash"]} if {"tip", "hash"} & entry.keys() else {}
+
+    assert found | claimed == found
+    assert (found["coins"], amount_sat, found["muhash"]) == (entry["coins"], entry["amount_sat"], entry["muhash"])
+    assert found["proof"] == "proven"
+
+    return str(found["root"])

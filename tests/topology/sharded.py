@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pipeline import chunk, frame
 from pipeline.anchors import AnchorBook
 from pipeline.generation import decode_generation
 from pipeline.position import Meta, decode_meta
 from pipeline.shards import join_metas
-from pipeline.sources import coins
-from pipeline.state import UTXO
 from pipeline.stores.base import META_KEY
 from pipeline.stores.rocksdb import RocksStore
 from tests.chains import block_files, expected
@@ -84,21 +81,6 @@ class Sharded(Site):
         book = AnchorBook(generation.generation, self.shards)
         joined = [found for record in records if (found := book.feed(record)) is not None]
         return {one.tip.height: one.tip.root.hex() for one in joined}
-
-
-def check(site: Sharded, node: str, entry: dict[str, Any]) -> str:
-    """A node holds the expected set in all of its shards together. Returns its root."""
-    found = site.muhash(node)
-    amount_sat = sum(
-        coins.decode(value).amount_sat
-        for storage_key, stored in site.content(node).items()
-        for _, value in UTXO.items(storage_key, stored)
-    )
-
-    assert (found["coins"], amount_sat, found["muhash"]) == (entry["coins"], entry["amount_sat"], entry["muhash"])
-    assert found["proof"] == "proven"
-
-    return str(found["root"])
 
 
 def same(site: Sharded, nodes: list[str]) -> None:

@@ -8,34 +8,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.sources import coins
-from pipeline.state import UTXO
 from tests.chains import base_coins_path, block_files, expected, load_blocks, write_hex_lines
-from tests.topology.commands import Site, same_state
+from tests.topology.commands import Site, check, same_state
 
 pytestmark = pytest.mark.usefixtures("each_broker")
 
 
 def files_of(name: str, folder: Path, part: str = "") -> list[Path]:
     return block_files(name, part) or [write_hex_lines(folder / f"{name}{part}.hex", load_blocks(name, part))]
-
-
-def check(site: Site, node: str, entry: dict[str, Any]) -> str:
-    """A node holds the expected set, by its own content, and has proven it. Returns its root."""
-    found = site.muhash(node)
-    amount_sat = sum(
-        coins.decode(value).amount_sat
-        for storage_key, stored in site.content(node).items()
-        for _, value in UTXO.items(storage_key, stored)
-    )
-    claimed = {"height": entry["height"]} if "height" in entry else {}
-    claimed |= {"block_hash": entry.get("tip") or entry["hash"]} if {"tip", "hash"} & entry.keys() else {}
-
-    assert found | claimed == found
-    assert (found["coins"], amount_sat, found["muhash"]) == (entry["coins"], entry["amount_sat"], entry["muhash"])
-    assert found["proof"] == "proven"
-
-    return str(found["root"])
 
 
 def check_both(site: Site, entry: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.anchors import SLOTS
 from tests.chains import block_files, expected, load_blocks, write_hex_lines
-from tests.topology.commands import Site, wait_until
-from tests.topology.sharded import MAINNET, MAINNET_END, ROOT_599, Sharded, check, leading, more, same
+from tests.topology.commands import Site, check, wait_until
+from tests.topology.sharded import MAINNET, MAINNET_END, ROOT_599, Sharded, leading, more, same
 
 
 class TestChains:

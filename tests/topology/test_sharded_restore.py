@@ -8,8 +8,8 @@ import pytest
 
 from pipeline.errors import UsageError
 from tests.chains import base_coins_path, block_files, expected, load_blocks, write_hex_lines
-from tests.topology.commands import wait_until
-from tests.topology.sharded import MAINNET, MAINNET_END, ROOT_599, Sharded, check, heights, leading, more, same
+from tests.topology.commands import check, wait_until
+from tests.topology.sharded import MAINNET, MAINNET_END, ROOT_599, Sharded, heights, leading, more, same
 
 STEPS = expected("mainnet_0_599")
 FINAL = 499
