@@ -10,13 +10,7 @@ the next goes on from there to the alignment. Each is one object, created if abs
 
     CHAIN/GENERATION/archive/SHARD/FIRST-LAST.seg      heights with 12 digits, generation in hex
 
-Layout of a segment (little-endian):
-
-    magic "SFsg" · version u16 = 1 · section count u16 · bytes in all u64                            16 B
-    per section: kind u16 · flags u16 (bit 0: a reader that does not know the kind must stop) ·
-                 reserved u32 = 0 · offset u64 (from the start of the segment) · length u64           24 B each
-    the sections, one after another, in the order of the table, without holes
-    BLAKE3-256 of everything before                                                                   32 B
+A segment is a file of sections (`pipeline.sections`), magic "SFsg", version 1:
 
     kind 1, frames   the frames in ascending height, one after another
     kind 2, index    per frame: height u64 · block hash 32 B · frame id 32 B · post root 32 B ·
@@ -36,13 +30,12 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import NamedTuple
 
-from blake3 import blake3
-
 from pipeline import frame, journal
 from pipeline.block import BlockRef
-from pipeline.errors import FrameCorrupt, SegmentCorrupt, StoreCorrupt, Unsupported
+from pipeline.errors import FrameCorrupt, SegmentCorrupt, StoreCorrupt
 from pipeline.frame import Feature, Header, Kind
 from pipeline.position import Meta, decode_meta, encode_meta
+from pipeline.sections import Layout
 from pipeline.stores.base import META_KEY, Store
 
 SEGMENT_BLOCKS = 64
@@ -50,13 +43,7 @@ SEGMENT_BLOCKS = 64
 
 MAGIC = b"SFsg"
 VERSION = 1
-_DIGEST_BYTES = 32
-_REQUIRED = 1
 
-_HEAD = Struct("<4sHHQ")
-assert _HEAD.size == 16
-_SECTION = Struct("<HHIQQ")
-assert _SECTION.size == 24
 _ENTRY = Struct("<Q32s32s32sQQ")
 assert _ENTRY.size == 120
 
@@ -67,6 +54,9 @@ class Section(enum.IntEnum):
     FRAMES = 1
     INDEX = 2
     RESUME = 3
+
+
+LAYOUT = Layout(what="segment", magic=MAGIC, version=VERSION, kinds=Section)
 
 
 class SegmentName(NamedTuple):
@@ -185,19 +175,8 @@ def build_segment(frames: Sequence[bytes], resume: Meta) -> bytes:
         _ENTRY.pack(ref.height, ref.block_hash, frame_id, root, at, length)
         for ref, frame_id, root, at, length in entries
     )
-    sections = {Section.FRAMES: b"".join(frames), Section.INDEX: index, Section.RESUME: encode_meta(resume)}
-    return _join_sections(sections)
-
-
-def _join_sections(sections: dict[Section, bytes]) -> bytes:
-    at = _HEAD.size + _SECTION.size * len(sections)
-    table = []
-    for kind, data in sections.items():
-        table.append(_SECTION.pack(kind, _REQUIRED, 0, at, len(data)))
-        at += len(data)
-    head = _HEAD.pack(MAGIC, VERSION, len(sections), at + _DIGEST_BYTES)
-    body = b"".join((head, *table, *sections.values()))
-    return body + blake3(body).digest()
+    sections: dict[int, bytes] = {Section.FRAMES: b"".join(frames), Section.INDEX: index, Section.RESUME: encode_meta(resume)}
+    return LAYOUT.join(sections)
 
 
 def _check_links(headers: Sequence[Header], resume: Meta) -> None:
@@ -237,7 +216,7 @@ class Segment:
     @classmethod
     def open(cls, data: bytes) -> Segment:
         """Raises SegmentCorrupt, Unsupported (a later version, or a section that must be known and is not)."""
-        sections = _split_sections(data)
+        sections = LAYOUT.split(data)
         frames_at, frames_stop = sections[Section.FRAMES]
         index = data[slice(*sections[Section.INDEX])]
         try:
@@ -284,33 +263,6 @@ class Segment:
     def _frame(self, entry: IndexEntry) -> bytes:
         start = self.frames_at + entry.offset
         return self.data[start : start + entry.length]
-
-
-def _split_sections(data: bytes) -> dict[Section, tuple[int, int]]:
-    """Where each known section starts and stops. Raises SegmentCorrupt, Unsupported."""
-    if len(data) < _HEAD.size + _DIGEST_BYTES or data[:4] != MAGIC:
-        raise SegmentCorrupt(f"not a segment: magic or size is wrong ({len(data)} bytes, first {data[:8].hex()})")
-    if blake3(memoryview(data)[:-_DIGEST_BYTES]).digest() != data[-_DIGEST_BYTES:]:
-        raise SegmentCorrupt("the digest of a segment does not match its bytes")
-    _, version, count, size = _HEAD.unpack_from(data)
-    if version != VERSION:
-        raise Unsupported(f"a segment of version {version}", way_out=f"this build reads version {VERSION}: upgrade")
-    at, stop = _HEAD.size + count * _SECTION.size, len(data) - _DIGEST_BYTES
-    if size != len(data) or at > stop:
-        raise SegmentCorrupt(f"a segment says it has {size} bytes, and has {len(data)}")
-    found: dict[Section, tuple[int, int]] = {}
-    known = {section.value: section for section in Section}
-    for kind, flags, _, offset, length in _SECTION.iter_unpack(data[_HEAD.size : at]):
-        if offset != at or length > stop - at or known.get(kind) in found:
-            raise SegmentCorrupt(f"section {kind} of a segment is out of place")
-        at += length
-        if kind in known:
-            found[known[kind]] = (offset, at)
-        elif flags & _REQUIRED:
-            raise Unsupported(f"a segment with a section of kind {kind}", way_out="upgrade")
-    if at != stop or len(found) != len(known):
-        raise SegmentCorrupt("a segment lacks a section, or has bytes in no section")
-    return found
 
 
 def same_history(one: Segment, other: Segment) -> bool:
