@@ -32,6 +32,7 @@
     │   ├── SegmentCorrupt                 an archive segment
     │   ├── PartCorrupt                    a snapshot part
     │   ├── ManifestCorrupt                a manifest
+    │   ├── LeaseCorrupt                   an intent, a pin or a mark
     │   ├── StoreCorrupt                   a store's own records
     │   └── LogCorrupt                     the embedded log's file
     ├── WrongChain                      6  bytes of another chain or generation
@@ -202,6 +203,10 @@ class PartCorrupt(CorruptInput):
 
 
 class ManifestCorrupt(CorruptInput):
+    pass
+
+
+class LeaseCorrupt(CorruptInput):
     pass
 
 

@@ -10,13 +10,13 @@ between leaves parts that nobody names.
 With several shards there is one manifest all the same: their parts follow each other, as their keys do, and it names
 for each shard where it goes on from. All stand at one seq, so their vectors add up to those of the whole state.
 
-A manifest is canonical JSON: UTF-8, one object, keys sorted, no spaces, bytes in lower-case hex, no other number than
-integers. Its fields:
+A manifest is a canonical document (`pipeline.canonical`), bytes in lower-case hex, no other number than integers. Its
+fields:
 
     bytes               all parts' bytes
     chain, generation, generation_number, shards, finality
     counts              keys by table name
-    digest              BLAKE3-256 of this object's canonical JSON without this field
+    digest              as of every canonical document
     format              1; 2 with several shards
     height, hash, root, walk     the position; hash is in hashing order
     keys                all parts' keys
@@ -32,15 +32,13 @@ integers. Its fields:
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from blake3 import blake3
-
 from pipeline.archive import resume_record
+from pipeline.canonical import sealed, unsealed
 from pipeline.diff import Vectors
 from pipeline.errors import AuditFailed, ManifestCorrupt, StoreCorrupt, Unsupported, UsageError
 from pipeline.generation import Generation
@@ -185,22 +183,16 @@ def make_manifest(parts: Sequence[Part], resumes: Sequence[Meta]) -> Manifest:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Canonical JSON, its digest inside."""
-    fields = _fields(manifest)
-    return _canonical(fields | {"digest": blake3(_canonical(fields)).hexdigest()})
+    return sealed(_fields(manifest))
 
 
 def decode_manifest(data: bytes) -> Manifest:
     """The inverse of `encode_manifest`. Raises ManifestCorrupt (any other byte, parts out of order, partials that do
     not sum up) and Unsupported."""
     try:
-        fields = json.loads(data.decode())
-        if not isinstance(fields, dict) or _canonical(fields) != data:
-            raise ManifestCorrupt("a manifest is not canonical JSON")
-    except (ValueError, RecursionError) as error:
-        raise ManifestCorrupt(f"a manifest is not JSON: {error}") from error
-    digest = fields.pop("digest", None)
-    if digest != blake3(_canonical(fields)).hexdigest():
-        raise ManifestCorrupt("the digest of a manifest does not match its bytes")
+        fields = unsealed(data)
+    except ValueError as error:
+        raise ManifestCorrupt(f"a manifest cannot be read: {error}") from error
     minimum = fields.get("minimum_reader")
     if isinstance(minimum, int) and minimum > FORMAT_VERSION:
         raise Unsupported(
@@ -221,10 +213,6 @@ def decode_manifest(data: bytes) -> Manifest:
         raise ManifestCorrupt("the fields of a manifest do not agree with each other")
     _check(manifest)
     return manifest
-
-
-def _canonical(fields: Mapping[str, Any]) -> bytes:
-    return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def _fields(manifest: Manifest) -> dict[str, Any]:

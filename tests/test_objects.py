@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tests.faulty_s3 import FAULTS, faulty
 def objects(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     match request.param:
         case "memory":
-            return MemoryObjects()
+            return MemoryObjects(time.time)
         case "local":
             return LocalObjects(tmp_path / "objects")
         case _:
@@ -60,6 +61,16 @@ def test_a_name_gets_its_bytes_once(objects: ObjectStore, tmp_path: Path) -> Non
 
     assert objects.get("a") == b"first"
     assert names(objects) == ["a"]
+
+
+def test_when_an_object_was_put(objects: ObjectStore) -> None:
+    """The store's clock says it, in seconds since 1970."""
+    before = time.time()
+    objects.put_new("a", b"first")
+
+    assert before - 2 <= objects.modified_s("a") <= time.time() + 2
+    with pytest.raises(NotFound):
+        objects.modified_s("b")
 
 
 def test_exactly_one_of_many_writers_wins(objects: ObjectStore) -> None:

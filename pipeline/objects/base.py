@@ -59,6 +59,10 @@ class ObjectStore(Protocol):
         """The object's bytes. Raises NotFound."""
         ...
 
+    def modified_s(self, name: str) -> float:
+        """When the object was put, by the store's own clock: Unix seconds. Raises NotFound."""
+        ...
+
     def put_new(self, name: str, data: bytes) -> None:
         """Create the object. Raises AlreadyThere and leaves the one that is there as it is."""
         ...

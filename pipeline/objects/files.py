@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_TEMPORARY_PREFIX = ".new-"
+DRAFT_PREFIX = ".new-"
 
 
 @contextmanager
 def temporary_in(folder: Path) -> Iterator[Path]:
     """A path nobody else uses; whatever stands there at the end goes. Made with the user's own file mode."""
-    temporary = folder / f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+    temporary = folder / f"{DRAFT_PREFIX}{secrets.token_hex(8)}"
     try:
         yield temporary
     finally:

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.errors import NO_ROOM, DiskFull
 from pipeline.objects.base import (
@@ -27,7 +28,16 @@ from pipeline.objects.base import (
     in_the_way,
     not_found,
 )
-from pipeline.objects.files import sync, temporary_in, written_whole
+from pipeline.objects.files import DRAFT_PREFIX, sync, temporary_in, written_whole
+
+
+class Draft(NamedTuple):
+    """A file that is no object yet."""
+
+    path: Path
+    size_bytes: int
+    modified_s: float
+
 
 _NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -49,10 +59,10 @@ class LocalObjects:
             return file.read(stop - start)
 
     def size(self, name: str) -> int:
-        with self._reading(name) as path:
-            if path.is_dir():
-                raise not_found(name, self._root)
-            return path.stat().st_size
+        return self._stat(name).st_size
+
+    def modified_s(self, name: str) -> float:
+        return self._stat(name).st_mtime
 
     def put_new(self, name: str, data: bytes) -> None:
         self._put_new(name, lambda temporary: temporary.write_bytes(data))
@@ -84,6 +94,19 @@ class LocalObjects:
             if not path.is_dir():
                 path.unlink()
                 sync(path.parent)
+
+    def drafts(self) -> Iterator[Draft]:
+        """What writers have not finished, or left when they were killed."""
+        for path in self._root.rglob(f"{DRAFT_PREFIX}*"):
+            with suppress(FileNotFoundError):
+                found = path.stat()
+                yield Draft(path, found.st_size, found.st_mtime)
+
+    def _stat(self, name: str) -> os.stat_result:
+        with self._reading(name) as path:
+            if path.is_dir():
+                raise not_found(name, self._root)
+            return path.stat()
 
     def _path(self, name: str) -> Path:
         return self._root / check_name(name)

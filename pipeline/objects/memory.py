@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Lock
 
@@ -21,7 +21,10 @@ from pipeline.objects.base import (
 class MemoryObjects:
     """Keeps the promises of `ObjectStore` within one process; threads may share it."""
 
-    def __init__(self) -> None:
+    def __init__(self, now_s: Callable[[], float] = lambda: 0.0) -> None:
+        """``now_s``: the store's own clock."""
+        self._now_s = now_s
+        self._modified_s: dict[str, float] = {}
         self._objects: dict[str, bytes] = {}
         self._lock = Lock()
 
@@ -38,6 +41,10 @@ class MemoryObjects:
     def size(self, name: str) -> int:
         return len(self.get(name))
 
+    def modified_s(self, name: str) -> float:
+        self.get(name)
+        return self._modified_s[name]
+
     def put_new(self, name: str, data: bytes) -> None:
         check_name(name)
         with self._lock:
@@ -46,6 +53,7 @@ class MemoryObjects:
             folders = {folder for other in self._objects for folder in folders_of(other)}
             if name in folders or any(folder in self._objects for folder in folders_of(name)):
                 raise in_the_way(name, "memory")
+            self._modified_s[name] = self._now_s()
             self._objects[name] = bytes(data)
 
     def put_file_new(self, name: str, path: Path) -> None:

@@ -93,6 +93,10 @@ class S3Objects:
         with self._trouble(check_name(name)):
             return _persist(lambda: int(obstore.head(self._store, name)["size"]))
 
+    def modified_s(self, name: str) -> float:
+        with self._trouble(check_name(name)):
+            return _persist(lambda: float(obstore.head(self._store, name)["last_modified"].timestamp()))
+
     def put_new(self, name: str, data: bytes) -> None:
         with self._trouble(check_name(name)):
             _persist(lambda: self._create(name, data))
