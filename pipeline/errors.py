@@ -30,6 +30,7 @@
     │   ├── WalkInvalid                    an event that does not follow from the position
     │   ├── FrameCorrupt                   a frame, or an archived frame, that cannot be decoded
     │   ├── SegmentCorrupt                 an archive segment
+    │   ├── RangeCorrupt                   a range diff of the archive, or what it is to be made of
     │   ├── PartCorrupt                    a snapshot part
     │   ├── ManifestCorrupt                a manifest
     │   ├── LeaseCorrupt                   an intent, a pin or a mark
@@ -44,6 +45,7 @@
     ├── RewindTooDeep                  11  a rewind below the final height
     ├── NotProven                      12  a read of a state that this node has not proven
     ├── NotFound                       13  a key, snapshot, manifest, height or object that is not there
+    │   └── ObjectMissing                  an object that is not in the object store, any more or at all
     ├── BrokerUnavailable              14  no broker answers, or it could not do what was asked
     └── AccessDenied                   15  a broker and this node do not accept each other
         ├── WrongListener                  the port is of a listener with another security protocol
@@ -75,6 +77,17 @@ class StateferryError(Exception):
     def name(self) -> str:
         """The error's stable name, as printed by commands and logs."""
         return type(self).__name__
+
+    @property
+    def document(self) -> dict[str, str | int]:
+        """The error as commands print it with --json."""
+        return {
+            "error": self.name,
+            "exit_code": self.exit_code,
+            "message": self.what,
+            "where": self.where,
+            "way_out": self.way_out,
+        }
 
     def __str__(self) -> str:
         where = f" ({self.where})" if self.where else ""
@@ -198,6 +211,10 @@ class SegmentCorrupt(CorruptInput):
     pass
 
 
+class RangeCorrupt(CorruptInput):
+    pass
+
+
 class PartCorrupt(CorruptInput):
     pass
 
@@ -252,6 +269,10 @@ class NotProven(StateferryError):
 
 class NotFound(StateferryError):
     exit_code = 13
+
+
+class ObjectMissing(NotFound):
+    pass
 
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})

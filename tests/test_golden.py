@@ -17,6 +17,7 @@ from walks import GENERATION, NO_PARENT, OPENING, STAMP, block, coin, ref
 
 from pipeline import frame, journal
 from pipeline.apply import apply_references, apply_whole
+from pipeline.archive import resume_record
 from pipeline.block import BlockRef, Connect, Event, Op, Rewind, SourceEpoch, decode_event, encode_event
 from pipeline.chunk import Assembler, decode_chunk
 from pipeline.codec import Codec
@@ -24,6 +25,7 @@ from pipeline.diff import Diff, decode_reference_body, decode_whole_body
 from pipeline.frame import Feature, Header, Kind
 from pipeline.generation import Generation, decode_end, decode_generation, decode_opening
 from pipeline.position import LogMark, Meta, decode_meta
+from pipeline.ranges import Piece
 from pipeline.snapshot import decode_manifest, encode_manifest
 from pipeline.state import UTXO, Change
 from pipeline.verify import audit, check_audit
@@ -53,6 +55,7 @@ DIGESTS = {
     "manifest": "62d2d45012461ac5",
     "manifest_of_shards": "0e1e00808c526f48",
     "meta": "f22ed1b706b82951",
+    "range": "61547630242eb141",
     "stored": "7ce693adab240ea2",
 }
 COIN = b"\x02" + bytes(60)
@@ -250,6 +253,23 @@ def test_journal_entry() -> None:
     assert entry.before.tip.root == ROOTS[1]
     assert (entry.before.seq, entry.before.walk, entry.before.tip.ref) == (2, 2, APPLY_1.ref)
     assert entry.diff().inverted().tables[1].changes() == CHANGES
+
+
+def test_range_diff() -> None:
+    """The first two blocks as one: what was created in the first and changed in the second was created so."""
+    piece = Piece.of_bytes(golden("range"))
+    (chunk,) = piece.chunks()
+
+    assert (piece.head.first, piece.head.last, piece.head.parent) == (0, 1, NO_PARENT)
+    assert (piece.head.piece, piece.head.is_last) == (1, True)
+    assert piece.resume == resume_record(journal.decode_entry(golden("journal_entry")).before)
+    assert piece.resume.tip.root == ROOTS[1]
+    assert chunk.changes() == [
+        Change(coin(1), None, b"one" + COIN),
+        Change(coin(1, 1, 2), None, b""),
+        Change(coin(2), None, COIN),
+        Change(coin(3), None, COIN),
+    ]
 
 
 @pytest.mark.parametrize(("name", "shards"), [("manifest", 1), ("manifest_of_shards", 2)])

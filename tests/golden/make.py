@@ -7,15 +7,16 @@ the release that freezes its version. `tests/test_golden.py` says what each of t
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from blake3 import blake3
 from walks import GENERATION, NO_PARENT, STAMP, Wire, Writer, block, coin, ref
 
-from blake3 import blake3
-
 from pipeline import chunk, journal
+from pipeline.archive import Segment, build_segment, resume_record
 from pipeline.block import BlockRef, Connect, Event, Op, Rewind, SourceEpoch, encode_event
 from pipeline.codec import Codec
 from pipeline.generation import Generation, encode_end, encode_generation
@@ -24,6 +25,7 @@ from pipeline.position import LogMark, Meta, Tip
 from pipeline.primary import Primary
 from pipeline.replica import Step
 from pipeline.snapshot import Manifest, encode_manifest, make_manifest, parts_of
+from pipeline.squash import Lowest
 from pipeline.state import UTXO
 from pipeline.stores.base import META_KEY
 from pipeline.stores.memory import MemoryStore
@@ -136,6 +138,15 @@ def steps(codec: Codec) -> tuple[Writer, list[tuple[Step, bytes]]]:
     return writer, found
 
 
+def range_piece(frames: list[bytes], resume: Meta) -> bytes:
+    """The range diff of the first two blocks, which is one piece."""
+    with tempfile.TemporaryDirectory() as folder:
+        lowest = Lowest(0, 1, Path(folder))
+        lowest.add(Segment.open(build_segment(frames, resume_record(resume))))
+        (path,) = lowest.write(Path(folder))
+        return path.read_bytes()
+
+
 def files() -> dict[str, bytes]:
     """All golden files by name."""
     made = {f"event_{name}": encode_event(event) for name, event in EVENTS.items()}
@@ -159,6 +170,9 @@ def files() -> dict[str, bytes]:
     assert isinstance(store, MemoryStore)
     made["journal_entry"] = store.undo[journal.entry_key(3)]
     made["meta"] = store.meta[META_KEY]
+    made["range"] = range_piece(
+        [step.whole for step, _ in found[:2]], journal.decode_entry(made["journal_entry"]).before
+    )
     made["stored"] = b"".join(
         len(part).to_bytes(4, "little") + part for entry in sorted(store.state.items()) for part in entry
     )
