@@ -175,7 +175,11 @@ def build_segment(frames: Sequence[bytes], resume: Meta) -> bytes:
         _ENTRY.pack(ref.height, ref.block_hash, frame_id, root, at, length)
         for ref, frame_id, root, at, length in entries
     )
-    sections: dict[int, bytes] = {Section.FRAMES: b"".join(frames), Section.INDEX: index, Section.RESUME: encode_meta(resume)}
+    sections: dict[int, bytes] = {
+        Section.FRAMES: b"".join(frames),
+        Section.INDEX: index,
+        Section.RESUME: encode_meta(resume),
+    }
     return LAYOUT.join(sections)
 
 
@@ -221,12 +225,7 @@ class Segment:
         index = data[slice(*sections[Section.INDEX])]
         try:
             resume = decode_meta(data[slice(*sections[Section.RESUME])])
-            if len(index) % _ENTRY.size:
-                raise SegmentCorrupt("the index of a segment is cut off")
-            entries = tuple(
-                IndexEntry(BlockRef(height, block_hash), frame_id, root, offset, length)
-                for height, block_hash, frame_id, root, offset, length in _ENTRY.iter_unpack(index)
-            )
+            entries = decode_index(index)
             headers, stop = [], 0
             for entry in entries:
                 header = frame.peek(data[frames_at + entry.offset : frames_at + entry.offset + entry.length])
@@ -263,6 +262,22 @@ class Segment:
     def _frame(self, entry: IndexEntry) -> bytes:
         start = self.frames_at + entry.offset
         return self.data[start : start + entry.length]
+
+
+def decode_index(data: bytes) -> tuple[IndexEntry, ...]:
+    """The index section. Raises SegmentCorrupt unless its frames follow each other, in height and in place."""
+    if not data or len(data) % _ENTRY.size:
+        raise SegmentCorrupt("the index of a segment is cut off")
+    entries = tuple(
+        IndexEntry(BlockRef(height, block_hash), frame_id, root, offset, length)
+        for height, block_hash, frame_id, root, offset, length in _ENTRY.iter_unpack(data)
+    )
+    stop, first = 0, entries[0].ref.height
+    for at, entry in enumerate(entries):
+        if (entry.ref.height, entry.offset) != (first + at, stop):
+            raise SegmentCorrupt(f"block {entry.ref} stands at a wrong place in the index of a segment")
+        stop += entry.length
+    return entries
 
 
 def same_history(one: Segment, other: Segment) -> bool:

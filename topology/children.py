@@ -74,7 +74,7 @@ async def run(module: str, arguments: Sequence[str], report: Report = no_report)
     finally:
         await kill(process)
     if "error" in outcome:
-        raise _raised(outcome["error"])
+        raise raised(outcome["error"])
     if "result" not in outcome:
         raise StateferryError(f"the helper process {module} ended early, with code {code}", way_out="try again")
     return outcome["result"]
@@ -101,7 +101,13 @@ async def _read(process: asyncio.subprocess.Process, report: Report) -> dict[str
     return last
 
 
-def _raised(fields: dict[str, str]) -> StateferryError:
+def described(error: StateferryError) -> dict[str, str]:
+    """An error as a child tells it."""
+    return {"name": error.name, "what": error.what, "where": error.where, "way_out": error.way_out}
+
+
+def raised(fields: dict[str, str]) -> StateferryError:
+    """The inverse of `described`."""
     kind = getattr(errors, fields["name"], StateferryError)
     error: StateferryError = kind(fields["what"], where=fields["where"], way_out=fields["way_out"])
     return error
@@ -117,8 +123,7 @@ def serve(work: Callable[[Report], Any]) -> int:
         except OSError as error:
             raise errors.disk_full(error) or error from error
     except StateferryError as error:
-        fields = {"name": error.name, "what": error.what, "where": error.where, "way_out": error.way_out}
-        _print({"error": fields})
+        _print({"error": described(error)})
         return error.exit_code
     return 0
 

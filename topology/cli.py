@@ -25,10 +25,11 @@ _COMMANDS = {
     "get": "topology.commands.store:get",
     "scan": "topology.commands.store:scan",
     "root": "topology.commands.store:root",
-    "verify": "topology.commands.store:verify",
+    "verify": "topology.commands.verify:verify",
     "snapshot": "topology.commands.store:snapshot",
     "restore": "topology.commands.restore:restore",
     "frame": "topology.commands.frames:frames",
+    "archive": "topology.commands.archive:archive_group",
     "quarantine": "topology.commands.quarantine:quarantine",
     "generation": "topology.commands.generation:generation_group",
     "topics": "topology.commands.topics:topics_group",
@@ -98,12 +99,5 @@ def main() -> None:
 
 def _show(error: StateferryError) -> None:
     if "--json" in sys.argv[1:]:
-        document = {
-            "error": error.name,
-            "exit_code": error.exit_code,
-            "message": error.what,
-            "where": error.where,
-            "way_out": error.way_out,
-        }
-        click.echo(json.dumps(document))
+        click.echo(json.dumps(error.document))
     click.echo(f"{error.name}: {error}", err=True)

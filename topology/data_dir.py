@@ -10,6 +10,8 @@ refused/      events that a primary did not take, one folder each, with the reas
 quarantine/   evidence of a divergence, one folder each; while one is open the store is not followed or served
 renewing/     what will be the store, of the generation that followed (see `renewal`); in a shard's folder, what a
               worker restores beside its other shards (see `restoring`)
+audits/       the last result of each level of `stateferry verify`
+auditing/     what such an audit needs while it runs
 left-generations/    stores of generations that have ended
 log.sqlite    the embedded log, where no other broker is named
 objects/      the object store, where no other is named
@@ -26,7 +28,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.errors import DiskFull, Locked, NotFound, Quarantined, StateferryError
-from pipeline.objects.files import sync
+from pipeline.objects.files import sync, written_whole
 from pipeline.stores.rocksdb import RocksStore
 
 _EVIDENCE = "evidence.json"
@@ -75,6 +77,10 @@ class DataDir:
     @property
     def copies_path(self) -> Path:
         return self._owner.path / "copies"
+
+    @property
+    def auditing_path(self) -> Path:
+        return self._owner.path / "auditing"
 
     @property
     def node_id(self) -> str:
@@ -145,6 +151,21 @@ class DataDir:
         folder.mkdir(parents=True, exist_ok=True)
         _write_evidence(folder, error, record, topic=topic, partition=partition, offset=offset)
         return folder
+
+    # Audits
+
+    def write_audit(self, level: str, result: dict[str, Any]) -> None:
+        """Keep the result of an audit, in the place of the one before it."""
+        folder = self._owner.path / "audits"
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(folder / f"{level}.json") as draft:
+            draft.write_text(json.dumps(result, indent=1))
+
+    def audits(self) -> dict[str, dict[str, Any]]:
+        """The last result of each level that was ever run, by level."""
+        return {
+            file.stem: json.loads(file.read_text()) for file in sorted((self._owner.path / "audits").glob("*.json"))
+        }
 
     # Quarantine
 

@@ -214,6 +214,23 @@ class RocksStore:
             iterator.status()  # type: ignore[attr-defined]
         del held
 
+    def read_all(self) -> int:
+        """Read every block of every family, which checks their checksums; how many entries there are. Raises
+        StoreCorrupt."""
+        count = 0
+        for family in (self._state, self._undo, self._meta):
+            options = ReadOptions()
+            options.fill_cache(False)
+            options.set_readahead_size(2 << 20)
+            iterator = family.iter(options)
+            iterator.seek_to_first()
+            while iterator.valid():
+                count += 1
+                iterator.next()
+            with named_errors(self.path):
+                iterator.status()
+        return count
+
     def checkpoint(self, path: Path) -> None:
         with named_errors(self.path):
             Checkpoint(self._db).create_checkpoint(str(path))

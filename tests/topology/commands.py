@@ -114,7 +114,8 @@ def here(*args: object) -> Done:
         mock.patch.object(sys, "argv", ["stateferry", *map(str, args)]),
     ):
         try:
-            cli.main([*map(str, args)], standalone_mode=False)
+            result = cli.main([*map(str, args)], standalone_mode=False)
+            code = result if isinstance(result, int) else 0  # what `Exit` carried
         except StateferryError as error:
             from topology.cli import _show  # noqa: PLC0415
 

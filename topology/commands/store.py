@@ -1,4 +1,4 @@
-"""Commands about a store: `status`, `get`, `scan`, `root`, `verify`, `snapshot`. A running worker is asked."""
+"""Commands about a store: `status`, `get`, `scan`, `root`, `snapshot`. A running worker is asked."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from topology.commands.common import (
     rows,
     serve_option,
 )
+from topology.data_dir import DataDir
 from topology.node import Role, check_serving
 from topology.settings import Settings
 from topology.transports.base import log_path
@@ -51,6 +52,7 @@ def status(settings: Settings, as_json: bool) -> None:
         document = reads.standing(metas, proof) | {"running": False, "role": role or None}
         document["shards"] = [reads.shard(meta) | {"owner": None} | _behind(settings, meta, role) for meta in metas]
     document["snapshots"] = _snapshots(settings, document["chain"])
+    document["audits"] = DataDir(settings.data_dir).audits()
     emit(document, as_json=as_json, text=lambda: _status_text(document))
 
 
@@ -69,9 +71,13 @@ def _behind(settings: Settings, meta: Meta, role: str) -> dict[str, Any]:
 
 def _status_text(document: dict[str, Any]) -> str:
     """The node's position, then each shard below it."""
-    flat = {name: value for name, value in document.items() if name not in ("shards", "snapshots")}
+    flat = {name: value for name, value in document.items() if name not in ("shards", "snapshots", "audits")}
     snapshots = [f"{one['height']} {one['root']}" for one in document["snapshots"]]
-    parts = [rows(flat | {"snapshots": ", ".join(snapshots) or "none"})]
+    audits = {
+        f"verified {level}": f"{one['at']}: " + ("passed" if one["verified"] else f"{one['faults']} faults")
+        for level, one in document["audits"].items()
+    }
+    parts = [rows(flat | {"snapshots": ", ".join(snapshots) or "none"} | audits)]
     for shard in document["shards"]:
         behind = shard["lag"]
         shown = {
@@ -165,19 +171,6 @@ def root(settings: Settings, interop: str | None, as_json: bool) -> None:
         }
         if interop == "muhash":
             document["muhash"] = reads.muhash(view.store)
-    emit(document, as_json=as_json, text=lambda: rows(document))
-
-
-@click.command()
-@click.option("--level", type=click.Choice(["full"]), default="full", show_default=True, help="full: hash every key.")
-@common_options
-def verify(settings: Settings, level: str, as_json: bool) -> None:
-    """Recompute vectors and root from the store's content. A claimed state that verifies is proven from then on."""
-    document = ask_worker(settings, {"what": "verify"})
-    if document is None:
-        with owned_stores(settings) as (_, stores):
-            document = asyncio.run(answers.verify(stores))
-    document["level"] = level
     emit(document, as_json=as_json, text=lambda: rows(document))
 
 
