@@ -6,8 +6,9 @@ Several shards are restored together, all to one height: each by its own segment
 
 The stages, in their order; each is taken up again after a crash:
 
-    PLAN     what will be fetched is written down
-    FETCH    parts and segments come in, each checked against its digest before it counts as here
+    PLAN     what will be fetched is pinned, and written down
+    FETCH    parts and segments come in, each checked against its digest before it counts as here; if one of them was
+             swept out of the object store, back to PLAN
     INGEST   the store takes the parts in as they are
     FRAMES   archived frames are applied one after the other, each root and id checked
     CLAIMED  the store stands at the height; what it holds is as claimed by the publisher's digests
@@ -62,7 +63,7 @@ class Stage(enum.Enum):
 
 SUCCESSORS: Mapping[Stage, frozenset[Stage]] = {
     Stage.PLAN: frozenset({Stage.FETCH}),
-    Stage.FETCH: frozenset({Stage.INGEST}),
+    Stage.FETCH: frozenset({Stage.INGEST, Stage.PLAN}),
     Stage.INGEST: frozenset({Stage.FRAMES}),
     Stage.FRAMES: frozenset({Stage.CLAIMED}),
     Stage.CLAIMED: frozenset({Stage.PROVE}),
@@ -102,6 +103,18 @@ class RestorePlan:
         if self.manifest is None:
             return []
         return [part for shard in self.wanted for part in self.manifest.parts_of(shard)]
+
+    @property
+    def manifest_name(self) -> str:
+        """Empty without one."""
+        return "" if self.manifest is None else self.manifest.name
+
+    @property
+    def names(self) -> list[str]:
+        """The objects that it reads."""
+        manifest = self.manifest
+        parts = [] if manifest is None else [manifest.name, *map(manifest.part_name, self.parts)]
+        return parts + [str(segment.name) for segment in self.segments]
 
     def segments_of(self, shard: int) -> list[SegmentObject]:
         """In the order of their heights."""

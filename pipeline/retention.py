@@ -18,7 +18,7 @@ from typing import NamedTuple
 from pipeline.archive import parse_segment_name
 from pipeline.leases import Names
 from pipeline.objects import ObjectInfo
-from pipeline.snapshot import MANIFEST_FILE, Manifest, ManifestName, parse_manifest_name, snapshot_folder
+from pipeline.snapshot import MANIFEST_FILE, Manifest, ManifestName, parse_manifest_name
 
 _DAY_S = 86_400.0
 _IN_SNAPSHOT = re.compile(r"(.+/[0-9a-f]{32}/snapshots/\d{12,}-[0-9a-f]{16})/[^/]+")
@@ -130,7 +130,7 @@ def doomed(
             why = f"part {lacks} is missing" if lacks else "no rule keeps it"
             manifests.append(Doomed(str(name), sizes.get(str(name), 0), why))
         elif manifest is None:
-            needed.append(f"{snapshot_folder(*name)}/")
+            needed.append(f"{name.folder}/")
         else:
             needed += [manifest.part_name(part) for part in manifest.parts]
     stays, going = Names(needed), {one.name for one in manifests}

@@ -130,8 +130,12 @@ class ManifestName(NamedTuple):
     height: int
     root_start: bytes
 
+    @property
+    def folder(self) -> str:
+        return snapshot_folder(*self)
+
     def __str__(self) -> str:
-        return f"{snapshot_folder(*self)}/{MANIFEST_FILE}"
+        return f"{self.folder}/{MANIFEST_FILE}"
 
 
 def snapshot_folder(chain_id: str, generation: bytes, height: int, root: bytes) -> str:

@@ -31,7 +31,12 @@ EVENTS: Final[dict[str, str]] = {
     "record_voided": "topic, offset, reason",
     "archive_waits": "error, message",  # the object store cannot be used: what is final stays in the journal
     "segment_archived": "segment, blocks, bytes",
+    "archive_squashed": "shard, ranges, seconds",
+    "archive_not_squashed": "shard, error, message",
     "archive_gap_left": "first_height, last_height",  # neither archived nor in this node's journal
+    "lease_not_held": "kind, chain, message",  # what is read or put is not kept from sweeps
+    "object_swept": "object, bytes, why",
+    "restore_planned_again": "height, manifest",  # what it was to fetch was swept
     "snapshot_taken": "height, manifest, parts, bytes, seconds",
     "generation_ended": "generation, successor",
     "event_refused": "error, message, kept_in",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.archive import parse_segment_name
-from pipeline.errors import ManifestCorrupt, UsageError
+from pipeline.errors import ManifestCorrupt, ObjectMissing, UsageError
 from pipeline.objects import ObjectStore
 from pipeline.objects.files import written_whole
 from pipeline.restore import RestorePlan, SegmentObject, newest_names, plan
@@ -18,6 +19,8 @@ from topology.fetching import open_segment
 
 _PLAN_FILE = "plan.json"
 _MANIFEST_FILE = "manifest.json"
+_LISTINGS_MAX = 8
+"""A store that lists for good what it has not is not to be asked for ever."""
 
 
 class Request(NamedTuple):
@@ -34,10 +37,18 @@ class Request(NamedTuple):
 
 
 def plan_restore(objects: ObjectStore, request: Request) -> RestorePlan:
-    """What a restore would fetch; reads names, and one manifest of each generation, or its first segment.
+    """What a restore would fetch; reads names, and one manifest of each generation, or its first segment. If a sweep
+    took one of them since they were listed, it lists again.
 
     Raises NotFound, UsageError (several chains), ManifestCorrupt, SegmentCorrupt, Unsupported, ArchiveConflict.
     """
+    for _ in range(_LISTINGS_MAX - 1):
+        with suppress(ObjectMissing):
+            return _plan_listed(objects, request)
+    return _plan_listed(objects, request)
+
+
+def _plan_listed(objects: ObjectStore, request: Request) -> RestorePlan:
     manifests: list[ManifestName] = []
     segments: list[SegmentObject] = []
     for info in objects.list("" if request.chain is None else f"{request.chain}/"):

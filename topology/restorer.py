@@ -26,7 +26,17 @@ from typing import NamedTuple
 
 from pipeline import failpoints
 from pipeline.block import BlockRef
-from pipeline.errors import AuditFailed, CorruptInput, Diverged, NotEmpty, NotFound, PartCorrupt, StoreCorrupt
+from pipeline.errors import (
+    AuditFailed,
+    CorruptInput,
+    Diverged,
+    NotEmpty,
+    NotFound,
+    ObjectMissing,
+    PartCorrupt,
+    StoreCorrupt,
+)
+from pipeline.leases import Kind
 from pipeline.objects import ObjectStore, open_objects
 from pipeline.objects.files import sync
 from pipeline.position import Meta, decode_meta, encode_meta
@@ -35,11 +45,14 @@ from pipeline.shards import join_metas
 from pipeline.stores.base import META_KEY, PROOF_KEY, Batch
 from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import Proof, encode_proof
-from topology import children
+from topology import children, logs
 from topology.data_dir import DataDir
 from topology.fetching import Fetching
+from topology.holding import held
 from topology.restore_plans import Request, plan_restore, write_plan, written_plan
 from topology.verifier import prove
+
+log = logs.get()
 
 WORK_FOLDER = "restoring"
 
@@ -148,13 +161,7 @@ class _Restorer:
         )
 
     def _restore(self) -> tuple[list[Meta], str]:
-        plan = written_plan(self.work, self.request)
-        if plan is None:
-            plan = plan_restore(self.objects, self.request)
-            write_plan(self.work, self.objects, self.request, plan)
-            failpoints.hit("restore.planned")
-        self._enter(Stage.FETCH)
-        self.fetching.fetch(plan, lambda done, total: self._report(done, total, "bytes"))
+        plan = self._fetch()
         self._enter(Stage.INGEST)
         failpoints.hit("restore.before_ingest")
         paths = {shard: self.draft.shard(shard, len(plan.wanted)).store_path for shard in plan.wanted}
@@ -164,12 +171,35 @@ class _Restorer:
         metas = [self._replay(path, plan, shard) for shard, path in paths.items()]
         self._enter(Stage.CLAIMED)
         self._publish()
-        return metas, "" if plan.manifest is None else plan.manifest.name
+        return metas, plan.manifest_name
+
+    def _fetch(self) -> RestorePlan:
+        """A plan, with all that it names here. What it names is pinned meanwhile; if a sweep was faster, there is
+        another plan. Raises NotFound if there is none."""
+        plan = written_plan(self.work, self.request)
+        is_written = plan is not None
+        plan = plan or plan_restore(self.objects, self.request)
+        while True:
+            try:
+                with held(self.objects, plan.chain_id, Kind.PIN, plan.names):
+                    if not is_written:
+                        write_plan(self.work, self.objects, self.request, plan)
+                        failpoints.hit("restore.planned")
+                    self._enter(Stage.FETCH)
+                    self.fetching.fetch(plan, lambda done, total: self._report(done, total, "bytes"))
+                return plan
+            except ObjectMissing:
+                missing, plan, is_written = plan, plan_restore(self.objects, self.request), False
+                if plan == missing:
+                    raise
+                log.warning("restore_planned_again", height=plan.height, manifest=plan.manifest_name)
+                if self.stage is Stage.FETCH:
+                    self._enter(Stage.PLAN)
 
     def _enter(self, stage: Stage) -> None:
         assert self.stage.may_lead_to(stage), (self.stage, stage)
         now = time.monotonic()
-        self.seconds[self.stage] = now - self._since
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + now - self._since
         self.stage, self._since = stage, now
 
     def _report(self, done: int, total: int, unit: str) -> None:
@@ -183,7 +213,7 @@ class _Restorer:
             stands = {(meta.tip.height, meta.base_height) for meta in metas}
             if len(metas) == len(plan.wanted) and stands == {(plan.height, plan.height)}:
                 self.stage = Stage.CLAIMED
-                return metas, "" if plan.manifest is None else plan.manifest.name
+                return metas, plan.manifest_name
         raise NotEmpty(
             "this data directory holds a store already",
             where=str(self.data_dir.stores_path),

@@ -20,6 +20,7 @@ from pathlib import Path
 from pipeline import failpoints
 from pipeline.archive import archive_prefix, parse_segment_name
 from pipeline.errors import NotFound
+from pipeline.leases import Kind
 from pipeline.meeting import meeting_height, own_final
 from pipeline.objects import AlreadyThere, ObjectStore, open_objects
 from pipeline.parts import PART_RAW_BYTES_MAX, WrittenPart, write_parts
@@ -40,11 +41,15 @@ from pipeline.stores.rocksdb import RocksStore
 from topology import children
 from topology.children import Report, no_report
 from topology.fetching import open_segment
+from topology.holding import CLOCK, Clock, held, wait_for_sweeps
 
 SCRATCH_FOLDER = "snapshotting"
 _COPY = "copy"
 _PARTS = "parts"
 _PUTTING_THREADS = 4
+_LOOKS_MAX = 60
+"""At what was published, before it is given up: somebody else's manifest lacks parts that nobody puts again."""
+_LOOK_S = 1.0
 
 
 async def snapshot_in_process(
@@ -82,6 +87,7 @@ def take_snapshot(
     height: int | None = None,
     report: Report = no_report,
     part_raw_bytes_max: int = PART_RAW_BYTES_MAX,
+    clock: Clock = CLOCK,
 ) -> Manifest:
     """Snapshot copies of stores, one a shard, which are used up by it. ``height``: None for the highest that all can be
     brought to; else one that they still reach.
@@ -99,11 +105,13 @@ def take_snapshot(
         root = join_metas(resumes).tip.root
         with suppress(NotFound):
             folder = snapshot_folder(resumes[0].chain_id, resumes[0].generation, resumes[0].tip.height, root)
-            return decode_manifest(objects.get(f"{folder}/{MANIFEST_FILE}"))
+            published = decode_manifest(objects.get(f"{folder}/{MANIFEST_FILE}"))
+            if not _lacking(objects, published):
+                return published
         with scratch_folder(scratch):
             total = sum(sum(resume.tip.counts.values()) for resume in resumes)
             written = write_all((store.scan() for store in stores), scratch, total, part_raw_bytes_max, report)
-            return publish(objects, written, resumes, report)
+            return publish(objects, written, resumes, report, clock=clock)
 
 
 # To one height
@@ -179,17 +187,62 @@ def _roll_forward(
 # Parts and manifest
 
 
-def publish(objects: ObjectStore, written: list[WrittenPart], resumes: Sequence[Meta], report: Report) -> Manifest:
-    """Put parts that were just written, then their manifest. Raises AuditFailed before anything is put."""
+def publish(
+    objects: ObjectStore,
+    written: Sequence[WrittenPart],
+    resumes: Sequence[Meta],
+    report: Report,
+    *,
+    clock: Clock = CLOCK,
+) -> Manifest:
+    """Put parts that were just written, then their manifest; another one's that is there stands. Raises AuditFailed
+    before anything is put, NotFound if the other one's lacks a part.
+
+    An intent keeps sweeps from what is put. What one of them was about to delete all the same is looked at once it has
+    ended, and put again.
+    """
     manifest = make_manifest([one.part for one in written], resumes)
-    _put_parts(objects, manifest, written, report)
-    failpoints.hit("snapshot.before_manifest")
-    try:
-        objects.put_new(manifest.name, encode_manifest(manifest))
-    except AlreadyThere:
-        return decode_manifest(objects.get(manifest.name))
-    failpoints.hit("snapshot.after_manifest")
-    return manifest
+    with held(objects, manifest.chain_id, Kind.INTENT, [f"{manifest.folder}/"], clock=clock):
+        _put_parts(objects, manifest, written, report)
+        failpoints.hit("snapshot.before_manifest")
+        with suppress(AlreadyThere):
+            objects.put_new(manifest.name, encode_manifest(manifest))
+        failpoints.hit("snapshot.after_manifest")
+        for _ in range(_LOOKS_MAX):
+            published, lacking = _look_again(objects, manifest, clock)
+            if not lacking:
+                return published
+            if published != manifest:
+                clock.sleep(_LOOK_S)  # who published it puts it again
+                continue
+            _put_parts(objects, manifest, [one for one in written if one.part.name in lacking], report)
+            with suppress(AlreadyThere):
+                objects.put_new(manifest.name, encode_manifest(manifest))
+    raise NotFound(
+        f"the manifest that is there lacks {lacking[0]}",
+        where=manifest.name,
+        way_out="`stateferry gc` removes it: then take the snapshot again",
+    )
+
+
+def _look_again(objects: ObjectStore, manifest: Manifest, clock: Clock) -> tuple[Manifest, list[str]]:
+    """The manifest that stands under this one's name, ours without any, and which objects it lacks, by the last part of
+    their names. A sweep that may delete some of them has ended then."""
+    published = manifest
+    with suppress(NotFound):
+        published = decode_manifest(objects.get(manifest.name))
+    wait_for_sweeps(objects, manifest.chain_id, _names(published), clock)
+    return published, _lacking(objects, published)
+
+
+def _names(manifest: Manifest) -> list[str]:
+    return [manifest.name, *map(manifest.part_name, manifest.parts)]
+
+
+def _lacking(objects: ObjectStore, manifest: Manifest) -> list[str]:
+    """Which of its objects are not there, by the last part of their names."""
+    there = {info.name for info in objects.list(f"{manifest.folder}/")}
+    return [name.rpartition("/")[2] for name in _names(manifest) if name not in there]
 
 
 def write_all(
@@ -206,13 +259,12 @@ def write_all(
     return written
 
 
-def _put_parts(objects: ObjectStore, manifest: Manifest, written: list[WrittenPart], report: Report) -> None:
+def _put_parts(objects: ObjectStore, manifest: Manifest, written: Sequence[WrittenPart], report: Report) -> None:
     """Put all parts, some at a time. One that is there has the same digest in its name."""
 
     def put(one: WrittenPart) -> int:
         with suppress(AlreadyThere):
             objects.put_file_new(manifest.part_name(one.part), one.path)
-        one.path.unlink()
         failpoints.hit("snapshot.part_put")
         return one.part.size_bytes
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from pipeline.errors import NotFound, StateferryError, UsageError
+from pipeline.errors import ObjectMissing, StateferryError, UsageError
 
 NAME_CHARACTERS_MAX = 512
 
@@ -48,19 +48,19 @@ class ObjectStore(Protocol):
     """
 
     def get(self, name: str) -> bytes:
-        """The whole object. Raises NotFound."""
+        """The whole object. Raises ObjectMissing."""
         ...
 
     def get_range(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes ``start <= at < stop``; fewer only where the object ends before ``stop``. Raises NotFound."""
+        """Bytes ``start <= at < stop``; fewer only where the object ends before ``stop``. Raises ObjectMissing."""
         ...
 
     def size(self, name: str) -> int:
-        """The object's bytes. Raises NotFound."""
+        """The object's bytes. Raises ObjectMissing."""
         ...
 
     def modified_s(self, name: str) -> float:
-        """When the object was put, by the store's own clock: Unix seconds. Raises NotFound."""
+        """When the object was put, by the store's own clock: Unix seconds. Raises ObjectMissing."""
         ...
 
     def put_new(self, name: str, data: bytes) -> None:
@@ -72,7 +72,7 @@ class ObjectStore(Protocol):
         ...
 
     def fetch_to(self, name: str, path: Path) -> None:
-        """The object as a file, replacing what stands at ``path``; whole or not at all. Raises NotFound."""
+        """The object as a file, replacing what stands at ``path``; whole or not at all. Raises ObjectMissing."""
         ...
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
@@ -113,8 +113,8 @@ def folders_of(name: str) -> Iterator[str]:
             yield name[:at]
 
 
-def not_found(name: str, where: object) -> NotFound:
-    return NotFound(f"there is no object {name}", where=str(where))
+def not_found(name: str, where: object) -> ObjectMissing:
+    return ObjectMissing(f"there is no object {name}", where=str(where))
 
 
 def already_there(name: str, where: object) -> AlreadyThere:
