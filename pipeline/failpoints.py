@@ -22,6 +22,8 @@ NAMES: Final = (
     "store.taken_back",  # one frame of a lost log was taken back
     "archive.before_put",  # a segment is made
     "archive.after_put",  # a segment is in the object store, the store does not know
+    "squash.before_put",  # a piece of a range diff is made
+    "squash.after_put",  # one piece is in the object store
     "snapshot.checkpointed",  # the copy exists
     "snapshot.rolled_back",  # the copy stands at the final height
     "snapshot.part_put",  # one part is in the object store

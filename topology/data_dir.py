@@ -10,6 +10,7 @@ refused/      events that a primary did not take, one folder each, with the reas
 quarantine/   evidence of a divergence, one folder each; while one is open the store is not followed or served
 renewing/     what will be the store, of the generation that followed (see `renewal`); in a shard's folder, what a
               worker restores beside its other shards (see `restoring`)
+squashing/    what range diffs are made of; in a shard's folder, where there are several
 audits/       the last result of each level of `stateferry verify`
 auditing/     what such an audit needs while it runs
 left-generations/    stores of generations that have ended

@@ -15,10 +15,12 @@ from pathlib import Path
 
 from pipeline import failpoints
 from pipeline.archive import Segment, SegmentName
-from pipeline.errors import PartCorrupt, SegmentCorrupt
+from pipeline.errors import PartCorrupt, RangeCorrupt, SegmentCorrupt
 from pipeline.objects import ObjectStore
 from pipeline.objects.files import written_whole
 from pipeline.parts import Part, digest_file
+from pipeline.range_names import PieceName
+from pipeline.ranges import Piece
 from pipeline.restore import RestorePlan
 from pipeline.snapshot import Manifest
 
@@ -114,3 +116,16 @@ def open_segment(data: bytes, name: SegmentName) -> Segment:
     if SegmentName(resume.chain_id, resume.generation, resume.shard, segment.first, segment.last) != name:
         raise SegmentCorrupt("a segment stands under another's name", where=str(name))
     return segment
+
+
+def open_piece(path: Path, name: PieceName) -> Piece:
+    """A piece of a range diff that was fetched under a name. Raises RangeCorrupt, also if it is another's, and
+    Unsupported."""
+    try:
+        piece = Piece.of_file(path)
+        piece.check_name(name)
+    except RangeCorrupt as error:
+        raise RangeCorrupt(
+            error.what, where=str(name), way_out="delete it: `stateferry archive squash` makes it again"
+        ) from error
+    return piece

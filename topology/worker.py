@@ -31,7 +31,19 @@ from pipeline.generation import FINALITY_DEFAULT, Generation, Opening
 from pipeline.objects import open_objects
 from pipeline.position import encode_meta
 from pipeline.state import schema_named
-from topology import answers, base_state, log_check, logs, reads, renewal, restorer, topic_check, topics, views
+from topology import (
+    answers,
+    base_state,
+    log_check,
+    logs,
+    reads,
+    renewal,
+    restorer,
+    squashing,
+    topic_check,
+    topics,
+    views,
+)
 from topology.app import Application
 from topology.archiver import Archiver
 from topology.control import ControlServer
@@ -201,6 +213,7 @@ async def _run(shard_set: ShardSet, until: Until, on_open: Callable[[ShardSet], 
         jobs: list[Awaitable[None]] = [_watch(shard_set, until)]
         if shard_set.role is Role.PRIMARY:
             jobs += map(_archive, shard_set.nodes)
+            jobs.append(squashing.run(shard_set.nodes, shard_set.settings.objects_url, shard_set.stopping))
         if shard_set.anchoring is not None:
             jobs.append(shard_set.anchoring.run())
         if on_open is not None:

@@ -229,6 +229,12 @@ SCENES = {
             ("store.after_write", 2),
         ],
     ],
+    "squash": [
+        [
+            ("squash.before_put", 2),
+            ("squash.after_put", 2),
+        ],
+    ],
     "ingest": [
         [
             ("ingest.published", 50),

@@ -32,6 +32,7 @@ from pipeline.frame import NO_HASH, Header
 from pipeline.generation import Generation, decode_opening
 from pipeline.inlet import EventReader, SourcePosition
 from pipeline.position import NO_WRITER, START, Meta, Tip, decode_meta
+from pipeline.ranges import Piece
 from pipeline.replica import Replica
 from pipeline.snapshot import decode_manifest
 from pipeline.sources.synthetic import SyntheticChain
@@ -392,6 +393,9 @@ def _look_at_objects(folder: Path) -> dict[str, Any]:
         if path.suffix == ".seg":
             segment = Segment.open(path.read_bytes())
             found[name] = ([entry[:3] for entry in segment.entries], timeless(segment.resume))
+        elif path.suffix == ".rng":
+            piece = Piece.of_bytes(path.read_bytes())
+            found[name] = (piece.head, timeless(piece.resume), [entry.changes for entry in piece.entries])
         elif path.name == "manifest.json":
             manifest = decode_manifest(path.read_bytes())
             parts = [(part.keys, part.partials) for part in manifest.parts]

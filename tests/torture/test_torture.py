@@ -149,6 +149,11 @@ def shardrestore(site: Site, point: Point) -> None:
     site.step("verify", node="s")
 
 
+def squash(site: Site, point: Point) -> None:
+    """Range diffs of what is archived."""
+    site.step("archive", "squash", node="p")
+
+
 def ingest(site: Site, point: Point) -> None:
     words = ["--blocks", "60", "--changes", "12", "--seed", "3", "--reorg-every", "15", "--interval-s", "0.00001"]
     site.step("ingest", "synthetic", *words, node="p")
@@ -186,6 +191,7 @@ SCENES: dict[str, tuple[str, Callable[[Site, Point], None]]] = {
     "lostblocks": ("followed", lostblocks),
     "shards": ("sharded", shards),
     "shardrestore": ("shardled", shardrestore),
+    "squash": ("led", squash),
     "ingest": ("opened", ingest),
     "base": ("empty", base),
     "whole": ("opened", whole),
