@@ -47,6 +47,7 @@
     ├── NotFound                       13  a key, snapshot, manifest, height or object that is not there
     │   └── ObjectMissing                  an object that is not in the object store, any more or at all
     ├── BrokerUnavailable              14  no broker answers, or it could not do what was asked
+    ├── Different                      17  what was compared is not the same
     └── AccessDenied                   15  a broker and this node do not accept each other
         ├── WrongListener                  the port is of a listener with another security protocol
         ├── BrokerUntrusted                the broker's certificate is none to trust
@@ -321,3 +322,7 @@ class ObjectsDenied(AccessDenied):
 
 class ObjectsUnavailable(StateferryError):
     exit_code = 16
+
+
+class Different(StateferryError):
+    exit_code = 17

@@ -2,7 +2,8 @@
 
 Exit codes are those of `pipeline.errors`, and stable: 0 done, 1 failed, 2 usage, 3 diverged, 4 gap, 5 corrupt input,
 6 wrong chain or generation, 7 fenced, 8 unsupported version, 9 locked, 10 disk full, 11 rewind deeper than finality,
-12 not proven, 13 not found, 14 broker unavailable, 15 access denied. Ctrl-C ends with 130.
+12 not proven, 13 not found, 14 broker unavailable, 15 access denied, 16 object store unavailable,
+17 different. Ctrl-C ends with 130.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _COMMANDS = {
     "scan": "topology.commands.store:scan",
     "root": "topology.commands.store:root",
     "verify": "topology.commands.verify:verify",
+    "compare": "topology.commands.compare:compare",
     "snapshot": "topology.commands.store:snapshot",
     "restore": "topology.commands.restore:restore",
     "frame": "topology.commands.frames:frames",
@@ -65,7 +67,7 @@ def cli() -> None:
     Settings come from options, then STATEFERRY_... in the environment, then stateferry.toml. Exit codes: 0 done,
     1 failed, 2 usage, 3 diverged, 4 gap, 5 corrupt input, 6 wrong chain, 7 fenced, 8 unsupported, 9 locked,
     10 disk full, 11 rewind deeper than finality, 12 not proven, 13 not found, 14 broker unavailable,
-    15 access denied.
+    15 access denied, 16 object store unavailable, 17 different.
     """
 
 
