@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from operator import not_
+from operator import add, not_
 from typing import NamedTuple, TypeVar
 
 from pipeline.block import Block, BlockRef, Op, Ops
@@ -104,16 +104,14 @@ def _apply_plain(schema: Schema, ops: Ops, ref: BlockRef, read: Reader) -> tuple
     storage_keys, stored = places[:count], read_back[:count]
     if read_back[count:].count(None) != len(passing):
         return None
-    start, stop = schema.short_at, schema.route_bytes
-    end = 1 + stop - start
-    befores = [
-        held[end:]
-        for key, held in zip(deleted, stored[len(created) :], strict=True)
-        if held is not None and held[0] == 1 and held[1:end] == key[start:stop]
-    ]
     is_new = stored[: len(created)].count(None) == len(created)
-    if not is_new or len(befores) != len(deleted) or len(set(storage_keys)) != len(storage_keys):
+    if not is_new or len(set(storage_keys)) != len(storage_keys):
         return None
+    spent = [held for held in stored[len(created) :] if held is not None]
+    heads = schema.stored_heads(deleted)
+    if len(spent) != len(deleted) or not all(map(bytes.startswith, spent, heads)):
+        return None
+    befores = list(map(bytes.removeprefix, spent, heads))
     diff = TableDiff(
         schema=schema,
         created_keys=created,
@@ -271,11 +269,8 @@ def _stored_writes(diff: TableDiff, place: _Places) -> Writes:
     created, others = place.storage_keys[:count], place.storage_keys[count:]
     writes: Writes
     if place.is_plain:
-        start, stop = schema.short_at, schema.route_bytes
-        writes = {
-            at: b"\x01" + key[start:stop] + value
-            for at, key, value in zip(created, diff.created_keys, diff.created_values, strict=True)
-        }
+        heads = schema.stored_heads(diff.created_keys)
+        writes = dict(zip(created, map(add, heads, diff.created_values), strict=True))
         writes.update(dict.fromkeys(others))
         return writes
     if schema.is_short:

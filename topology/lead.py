@@ -11,7 +11,6 @@ import asyncio
 import enum
 import secrets
 from collections.abc import Awaitable, Callable
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from pipeline import failpoints
@@ -25,7 +24,7 @@ from pipeline.primary import Primary, epoch_frame
 from pipeline.replica import Outcome, Replica
 from topology import log_check, logs
 from topology.data_dir import DataDir
-from topology.sealing import Sealing, sealing_lost
+from topology.sealing import Sealing
 from topology.settings import Settings
 from topology.transports.base import Broker
 
@@ -183,8 +182,6 @@ class Lead:
                 self._stuck.mended_by(event)
         except StateferryError as error:
             raise self._located(error, offset) from error
-        except BrokenProcessPool as error:
-            raise sealing_lost() from error
         self._begun.set()
 
     def _refuse(self, error: StateferryError, offset: int, record: bytes) -> None:
@@ -216,10 +213,7 @@ class Lead:
             await self._sealing.advance(sealing)
             if self.primary is not primary:
                 return []
-        try:
-            proposal = primary.finish()
-        except BrokenProcessPool as error:
-            raise sealing_lost() from error
+        proposal = primary.finish()
         failpoints.hit("propose.computed")
         if not primary.is_sealing:
             self._finished.set()

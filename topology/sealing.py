@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import fcntl
 import multiprocessing
 import os
+import queue
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import fields
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Lock
-from typing import ClassVar
+from typing import NamedTuple
 
 import msgpack
 
@@ -39,6 +44,10 @@ _SLOTS = 16
 """Blocks that are with the process at a time. Any more are sealed here."""
 _LOCK_TIMEOUT_S = 1.0
 """The lock is held for microseconds: if it is not had after this, the process was killed or stopped with it."""
+_PIPE_BYTES = 1 << 20
+"""What a pipe holds, where the system lets us say so: a block of 5,000 changes is handed over without waiting."""
+_SWITCH_INTERVAL_S = 0.0005
+"""For the process: whoever reads blocks from the pipe waits no longer than this for whoever seals them."""
 _COLUMNS = [field.name for field in fields(TableDiff) if field.name != "schema"]
 
 
@@ -74,12 +83,21 @@ class _Shares:
             self._lock.release()
 
 
+class _Task(NamedTuple):
+    """A block, on its way to the process: its diff follows, as `_flat` makes it."""
+
+    shared: Shared
+    codec: Codec
+    slot: int
+    portions: int
+
+
 class _Beside:
     """A block that the process seals, and what of it was made here: a `Pending`."""
 
-    def __init__(self, sealing: Sealing, diff: Diff, future: Future[Seal], slot: int, count: int) -> None:
-        self.future = future
+    def __init__(self, sealing: Sealing, diff: Diff, slot: int, count: int) -> None:
         self.slot = slot
+        self.made: Seal | Exception | None = None  # by the process
         self._sealing = sealing
         self._diff = diff
         self._count = count
@@ -89,49 +107,101 @@ class _Beside:
         self._gains = lthash.combine(self._gains, self._diff.gains([Portion(portion, self._count)]))
 
     def done(self) -> bool:
-        return self.future.done()
+        if self.made is None:
+            self._sealing.receive(wait=False)
+        return self.made is not None
 
     def result(self) -> Seal:
         while not self.done() and self._sealing.help():
             pass
-        return self.future.result().plus(self._gains)
+        while self.made is None:
+            self._sealing.receive(wait=True)
+        if isinstance(self.made, Exception):
+            raise self.made
+        return self.made.plus(self._gains)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Process:
+    """The process, and what leads to it and back."""
+
+    process: BaseProcess
+    tasks: Connection
+    seals: Connection
+    shares: _Shares
+
+    @classmethod
+    def start(cls) -> _Process:
+        context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks, and the store's
+        shares = _Shares(context.RawArray(ctypes.c_uint32, 2 * _SLOTS), context.Lock())
+        (its_tasks, tasks), (seals, its_seals) = context.Pipe(duplex=False), context.Pipe(duplex=False)
+        for pipe in (tasks, seals):
+            with suppress(AttributeError, OSError):  # not on this system, or not as much
+                fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        process = context.Process(target=_serve, args=(its_tasks, its_seals, shares), daemon=True)
+        process.start()
+        its_tasks.close()
+        its_seals.close()
+        return cls(process=process, tasks=tasks, seals=seals, shares=shares)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.tasks.close()
+        self.seals.close()
 
 
 class Sealing:
     """Seals blocks in a process of its own, which starts with the first block that is worth it; or here, if it is not
     ``beside``.
 
-    * `submit` is a `pipeline.seal.Sealer`; the result raises BrokenProcessPool if the process was killed.
+    * `submit` is a `pipeline.seal.Sealer`. It, and whoever waits, raises `sealing_lost` if the process was killed.
     """
 
     def __init__(self, *, beside: bool = True) -> None:
         self._beside = beside
-        self._pool: ProcessPoolExecutor | None = None
-        self._shares: _Shares | None = None
-        self._pending: deque[_Beside] = deque()
+        self._process: _Process | None = None
+        self._pending: deque[_Beside] = deque()  # not made yet, in the order in which the process makes them
+        self._arrival: asyncio.Future[None] | None = None
 
     def submit(self, diff: Diff, shared: Shared, codec: Codec) -> Pending:
         if not self._beside or diff.op_count < _CHANGES_MIN:
             return seal_at_once(diff, shared, codec)
-        self._forget_done()
+        self.receive(wait=False)
         slots = {*range(_SLOTS)} - {pending.slot for pending in self._pending}
         if not slots:
             return seal_at_once(diff, shared, codec)
-        if self._pool is None or self._shares is None:
-            self._pool, self._shares = _start()
+        if self._process is None:
+            self._process = _Process.start()
         slot, count = slots.pop(), max(1, diff.op_count // _PORTION_CHANGES)
-        self._shares.offer(slot, count)
-        future = self._pool.submit(_Process.seal, _flat(diff), shared, codec, slot, count)
-        pending = _Beside(self, diff, future, slot, count)
+        self._process.shares.offer(slot, count)
+        try:
+            self._process.tasks.send(_Task(shared, codec, slot, count))
+            self._process.tasks.send_bytes(_flat(diff))
+        except OSError as error:
+            raise sealing_lost() from error
+        pending = _Beside(self, diff, slot, count)
         self._pending.append(pending)
         return pending
 
+    def receive(self, *, wait: bool) -> None:
+        """Take in what the process has made; ``wait`` for one seal at least."""
+        if self._process is None:
+            return
+        seals = self._process.seals
+        try:
+            while self._pending and (wait or seals.poll()):
+                self._pending[0].made = seals.recv()
+                self._pending.popleft()
+                wait = False
+        except (EOFError, OSError) as error:
+            raise sealing_lost() from error
+
     def help(self) -> bool:
         """Make a portion of the oldest block that has one left. False if there is none: all that is left is to wait."""
-        self._forget_done()
         for pending in self._pending:
-            assert self._shares is not None
-            portion = self._shares.take_last(pending.slot)
+            assert self._process is not None
+            portion = self._process.shares.take_last(pending.slot)
             if portion is not None:
                 pending.make(portion)
                 return True
@@ -141,32 +211,40 @@ class Sealing:
         """Help, or wait until a block is sealed. The loop has its turn in both cases."""
         await asyncio.sleep(0)
         if isinstance(pending, _Beside) and not pending.done() and not self.help():
-            await asyncio.wait([asyncio.wrap_future(pending.future)])
+            await asyncio.wait([self._next_arrival()])
+
+    def _next_arrival(self) -> asyncio.Future[None]:
+        """Done once something, or its end, comes from the process: one for all who wait."""
+        if self._arrival is not None:
+            return self._arrival
+        assert self._process is not None
+        loop, seals = asyncio.get_running_loop(), self._process.seals.fileno()
+        self._arrival = loop.create_future()
+        loop.add_reader(seals, self._arrived)
+        return self._arrival
+
+    def _arrived(self) -> None:
+        """Whoever waits looks for what came."""
+        arrival, self._arrival = self._arrival, None
+        if arrival is not None and self._process is not None:
+            arrival.get_loop().remove_reader(self._process.seals.fileno())
+            arrival.set_result(None)
 
     def close(self) -> None:
         """What was submitted and not sealed is dropped. Idempotent."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = None
+        self._arrived()
+        if self._process is not None:
+            self._process.end()
+            self._process = None
         self._pending.clear()
-
-    def _forget_done(self) -> None:
-        while self._pending and self._pending[0].done():
-            self._pending.popleft()
 
 
 def sealing_lost() -> StateferryError:
-    """What a BrokenProcessPool says to whoever runs the worker."""
+    """The process is gone, and the worker did not end it."""
     return StateferryError(
         "the process that seals blocks was ended by somebody else",
         way_out="start again; if it happens again, see whether memory runs out",
     )
-
-
-def _start() -> tuple[ProcessPoolExecutor, _Shares]:
-    context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks, and the store's
-    shares = _Shares(context.RawArray(ctypes.c_uint32, 2 * _SLOTS), context.Lock())
-    return ProcessPoolExecutor(1, mp_context=context, initializer=_Process.begin, initargs=(shares,)), shares
 
 
 def _flat(diff: Diff) -> bytes:
@@ -186,28 +264,36 @@ def _unflat(flat: bytes) -> Diff:
     )
 
 
-class _Process:
-    """What runs in it."""
+# What runs in the process
 
-    shares: ClassVar[_Shares]
 
-    @classmethod
-    def begin(cls, shares: _Shares) -> None:
-        cls.shares = shares
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's business
-        parent = multiprocessing.parent_process()
-        assert parent is not None
+def _serve(tasks: Connection, seals: Connection, shares: _Shares) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's business
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    waiting: queue.SimpleQueue[tuple[_Task, bytes]] = queue.SimpleQueue()  # no more than `_SLOTS`
 
-        def watch() -> None:
-            parent.join()
-            os._exit(1)
+    def read() -> None:
+        """So that the worker can always hand over: it may do that while nobody takes what was sealed."""
+        with suppress(EOFError, OSError):
+            while True:
+                waiting.put((tasks.recv(), tasks.recv_bytes()))
+        os._exit(0)  # the worker is gone
 
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            made: Seal | Exception = _seal(*waiting.get(), shares)
+        except Exception as error:
+            made = error
+        try:
+            seals.send(made)
+        except OSError:
+            os._exit(0)
 
-    @classmethod
-    def seal(cls, flat: bytes, shared: Shared, codec: Codec, slot: int, count: int) -> Seal:
-        def portions() -> Iterator[Portion]:
-            while (number := cls.shares.take_first(slot)) is not None:
-                yield Portion(number, count)
 
-        return seal(_unflat(flat), shared, codec, portions())
+def _seal(task: _Task, flat: bytes, shares: _Shares) -> Seal:
+    def portions() -> Iterator[Portion]:
+        while (number := shares.take_first(task.slot)) is not None:
+            yield Portion(number, task.portions)
+
+    return seal(_unflat(flat), task.shared, task.codec, portions())

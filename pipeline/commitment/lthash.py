@@ -21,6 +21,7 @@ The **table root** is BLAKE3-256 of the vector. The **root** is BLAKE3-256 over 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from typing import Final
 
 import numpy as np
@@ -52,9 +53,9 @@ def elements(table_id: int, keys: Sequence[bytes], values: Sequence[bytes]) -> l
     key_lengths = set(map(len, keys))
     if len(key_lengths) == 1 and max(map(len, values)) < short:
         # All keys of a table have one length and values are short: the hot path of every block.
-        lengths, head = _LENGTHS, table + key_lengths.pop().to_bytes(4, "little")
-        pairs = zip(keys, values, strict=True)
-        return [join((head, key, lengths[len(value)], value)) for key, value in pairs]
+        head = repeat(table + key_lengths.pop().to_bytes(4, "little"), len(keys))
+        lengths = map(_LENGTHS.__getitem__, map(len, values))
+        return list(map(join, zip(head, keys, lengths, values, strict=True)))
     return [
         join((table, len(key).to_bytes(4, "little"), key, len(value).to_bytes(4, "little"), value))
         for key, value in zip(keys, values, strict=True)
