@@ -4,7 +4,7 @@ busy machine takes."""
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,29 @@ settings.register_profile("stateferry", deadline=None)
 settings.load_profile("stateferry")
 
 
+_PROCESSES = ("/topology/", "/torture/", "/transports/", "/security/", "test_demo.py", "test_bench.py")
+"""Where tests start processes and wait for them: each takes as long as twenty others."""
+
+
+class _LongestFirst(OrderedDict[str, dict[str, bool]]):
+    """Scopes, of which the one with most to do is taken first: no long one is left for the end."""
+
+    def popitem(self, last: bool = True) -> tuple[str, dict[str, bool]]:
+        scope = max(self, key=lambda scope: sum(_weight(test) for test in self[scope]))
+        return scope, self.pop(scope)
+
+
+def _weight(test: str) -> int:
+    return 20 if any(word in test for word in _PROCESSES) else 1
+
+
 class _ByFile(LoadScopeScheduling):
-    """What a file has for one broker goes to one process, because it is built on the same fixtures; most tests first.
-    But points of torture stand alone, and whatever needs three brokers uses the same three."""
+    """What a file has for one broker goes to one process, because it is built on the same fixtures. But points of
+    torture stand alone, and whatever needs three brokers uses the same three."""
+
+    def __init__(self, config: pytest.Config, log: Any) -> None:
+        super().__init__(config, log)
+        self.workqueue = _LongestFirst()
 
     def _split_scope(self, nodeid: str) -> str:
         file, _, test = nodeid.partition("::")
@@ -44,6 +64,12 @@ class _ByFile(LoadScopeScheduling):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByFile:
     return _ByFile(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `-n auto`: twice the cores, because half of the time tests wait, for brokers, sessions and commands."""
+    return 2 * (os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

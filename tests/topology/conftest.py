@@ -17,6 +17,13 @@ def each_broker(broker_server: str) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _nothing_left_of_each_broker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that asks for no broker has its own log, also behind one of its module that asked for Kafka."""
+    if not {"each_broker", "kafka_only"} & {*request.fixturenames}:
+        monkeypatch.setattr(Site, "kafka_url", "")
+
+
 @pytest.fixture
 def kafka_only(kafka_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sites of this test have their topics on Kafka."""

@@ -24,7 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Sharded:
 def snapped(folder: Path, shards: int) -> Sharded:
     site = Sharded(folder).begin(shards)
     site.ingest(*MAINNET)
-    site.follow("primary", "p")
+    assert site.follow("primary", "p")["root"] == ROOT_599
     taken = site.here("snapshot").ok()
     assert (taken["height"], taken["keys"], taken["shards"]) == (FINAL, STEPS[FINAL]["coins"], shards)
     assert taken["manifest"].split("/")[-2] == "000000000499-b6e5d13c2876c78a"  # the same whatever the shards
