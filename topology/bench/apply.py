@@ -179,8 +179,10 @@ class Applier:
                 self._begin(event)
         with clock:
             self._finish()
-            if self._put is not None:
+            while self._put is not None:
                 wait([self._put[1]])
+                self._archive()
+            self._replica.commit()
         return clock.taken
 
     def _begin(self, event: bytes) -> None:
