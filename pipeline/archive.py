@@ -16,6 +16,7 @@ A segment is a file of sections (`pipeline.sections`), magic "SFsg", version 1:
     kind 2, index    per frame: height u64 · block hash 32 B · frame id 32 B · post root 32 B ·
                      offset u64 (in the frames section) · length u64                                 120 B each
     kind 3, resume   the `Meta`, encoded as stores encode it
+    kind 4, filters  per frame, which keys it may have changed (`pipeline.key_filter`); optional
 
 Two nodes' segments of the same heights hold the same history, not always the same bytes: epochs, offsets and
 compression may differ. `same_history` compares what must be equal.
@@ -34,6 +35,7 @@ from pipeline import frame, journal
 from pipeline.block import BlockRef
 from pipeline.errors import FrameCorrupt, SegmentCorrupt, StoreCorrupt
 from pipeline.frame import Feature, Header, Kind
+from pipeline.key_filter import build_filters
 from pipeline.position import Meta, decode_meta, encode_meta
 from pipeline.sections import Layout
 from pipeline.stores.base import META_KEY, Store
@@ -54,9 +56,12 @@ class Section(enum.IntEnum):
     FRAMES = 1
     INDEX = 2
     RESUME = 3
+    FILTERS = 4
 
 
-LAYOUT = Layout(what="segment", magic=MAGIC, version=VERSION, kinds=Section)
+LAYOUT = Layout(
+    what="segment", magic=MAGIC, version=VERSION, kinds=Section, optional=frozenset({Section.FILTERS.value})
+)
 
 
 class SegmentName(NamedTuple):
@@ -125,6 +130,13 @@ def covered_to(names: Iterable[SegmentName], archived_to: int) -> int:
     return reach
 
 
+class Contents(NamedTuple):
+    """What `build_segment` makes a segment of, which takes some milliseconds a block."""
+
+    frames: list[bytes]
+    resume: Meta
+
+
 class Committed:
     """What a store's last commit holds, whatever its replica has accepted since: only that is archived."""
 
@@ -141,8 +153,8 @@ class Committed:
         data = self._store.get_undo(journal.entry_key(int.from_bytes(seq, "big")))
         return None if data is None else journal.decode_entry(data)
 
-    def segment(self, first: int, last: int) -> bytes:
-        """The segment of final heights that the journal has, both inclusive. Raises StoreCorrupt if it lacks one."""
+    def contents(self, first: int, last: int) -> Contents:
+        """What a segment of final heights is made of, both inclusive. Raises StoreCorrupt if the journal lacks one."""
         entries = [self.entry(height) for height in range(first, last + 1)]
         following = self.entry(last + 1)
         resume = self.meta if following is None else following.before
@@ -151,7 +163,11 @@ class Committed:
                 f"the journal lacks blocks of heights {first} to {last}, which are not archived yet",
                 way_out="restore this data directory from a snapshot",
             )
-        return build_segment([entry.frame_bytes for entry in entries if entry is not None], resume_record(resume))
+        return Contents([entry.frame_bytes for entry in entries if entry is not None], resume_record(resume))
+
+    def segment(self, first: int, last: int) -> bytes:
+        """The segment itself."""
+        return build_segment(*self.contents(first, last))
 
 
 def resume_record(meta: Meta) -> Meta:
@@ -179,6 +195,7 @@ def build_segment(frames: Sequence[bytes], resume: Meta) -> bytes:
         Section.FRAMES: b"".join(frames),
         Section.INDEX: index,
         Section.RESUME: encode_meta(resume),
+        Section.FILTERS: build_filters(frames),
     }
     return LAYOUT.join(sections)
 

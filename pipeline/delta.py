@@ -367,6 +367,17 @@ class _Columns:
             raise self.corrupt("keys do not ascend strictly")
         return keys
 
+    def heads(self, count: int, key_bytes: int, route_bytes: int) -> npt.NDArray[np.uint64]:
+        """The first 8 bytes of the routes of a column of keys, and pass by the rest of it."""
+        distinct = self.number()
+        if distinct > count:
+            raise self.corrupt("more groups than keys")
+        planes = np.frombuffer(self.take(_HEAD_BYTES * distinct), np.uint8).reshape(_HEAD_BYTES, distinct)
+        self.take((route_bytes - _HEAD_BYTES) * distinct)
+        self.width_column(distinct)
+        self.take((key_bytes - route_bytes) * count)
+        return np.cumsum(np.ascontiguousarray(planes.T).view("<u8").ravel(), dtype=np.uint64)
+
     def references(self, count: int, schema: Schema) -> tuple[list[bytes], list[bytes]]:
         exceptions = self.number()
         if exceptions > count or (exceptions and not schema.is_short):
@@ -400,6 +411,14 @@ def decode_whole(schema: Schema, data: memoryview) -> TableDiff:
     columns.done()
     diff.check()
     return diff
+
+
+def route_heads(schema: Schema, data: memoryview) -> npt.NDArray[np.uint64]:
+    """Of changes in whole form, the first 8 bytes of the routes of their keys, big-endian; some may come twice.
+    Raises FrameCorrupt."""
+    columns = _Columns(data, f"changes of table {schema.name}")
+    layout = (schema.key_bytes, schema.route_bytes)
+    return np.concatenate([columns.heads(count, *layout) for count in columns.counts()])
 
 
 def decode_references(schema: Schema, data: memoryview) -> References:

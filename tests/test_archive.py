@@ -263,18 +263,20 @@ def test_later_versions(node: Node) -> None:
 
     with pytest.raises(Unsupported):
         Segment.open(edited(data[:4] + b"\2" + data[5:]))
-    head, table, body = data[:16], data[16:88], data[88:-32]
+    sections = int.from_bytes(data[6:8], "little")
+    table_stop = 16 + 24 * sections
+    head, table, body = data[:16], data[16:table_stop], data[table_stop:-32]
     shifted = b"".join(
         table[at : at + 8]
         + (int.from_bytes(table[at + 8 : at + 16], "little") + 24).to_bytes(8, "little")
         + table[at + 16 : at + 24]
-        for at in (0, 24, 48)
+        for at in range(0, 24 * sections, 24)
     )
     for flags, known in ((0, True), (1, False)):
         extra = (9).to_bytes(2, "little") + bytes([flags, 0]) + bytes(4)
         extra += (len(data) - 32 + 24).to_bytes(8, "little") + (5).to_bytes(8, "little")
         size = (len(data) + 24 + 5).to_bytes(8, "little")
-        grown = edited(head[:6] + b"\4\0" + size + shifted + extra + body + b"extra" + bytes(32))
+        grown = edited(head[:6] + bytes([sections + 1, 0]) + size + shifted + extra + body + b"extra" + bytes(32))
         if known:
             assert same_history(Segment.open(grown), Segment.open(data))
         else:

@@ -17,7 +17,7 @@ from walks import GENERATION, NO_PARENT, OPENING, STAMP, block, coin, ref
 
 from pipeline import frame, journal
 from pipeline.apply import apply_references, apply_whole
-from pipeline.archive import resume_record
+from pipeline.archive import Segment, SegmentName, resume_record
 from pipeline.block import BlockRef, Connect, Event, Op, Rewind, SourceEpoch, decode_event, encode_event
 from pipeline.chunk import Assembler, decode_chunk
 from pipeline.codec import Codec
@@ -26,6 +26,7 @@ from pipeline.frame import Feature, Header, Kind
 from pipeline.generation import Generation, decode_end, decode_generation, decode_opening
 from pipeline.position import LogMark, Meta, decode_meta
 from pipeline.ranges import Piece
+from pipeline.segment_index import SegmentIndex
 from pipeline.snapshot import decode_manifest, encode_manifest
 from pipeline.state import UTXO, Change
 from pipeline.verify import audit, check_audit
@@ -56,6 +57,8 @@ DIGESTS = {
     "manifest_of_shards": "0e1e00808c526f48",
     "meta": "f22ed1b706b82951",
     "range": "61547630242eb141",
+    "segment": "cd7c17ff0976875e",
+    "segment_with_filters": "c4b8bd21922b4bac",
     "stored": "7ce693adab240ea2",
 }
 COIN = b"\x02" + bytes(60)
@@ -270,6 +273,28 @@ def test_range_diff() -> None:
         Change(coin(2), None, COIN),
         Change(coin(3), None, COIN),
     ]
+
+
+@pytest.mark.parametrize(("name", "filters"), [("segment", None), ("segment_with_filters", [8, 8])])
+def test_segments(name: str, filters: list[int] | None) -> None:
+    """The first two blocks archived, as before there were filters and with them, whole and by ranges."""
+    data = golden(name)
+    segment = Segment.open(data)
+    index = SegmentIndex.read(
+        SegmentName("walk", GENERATION.generation, 0, 0, 1), len(data), lambda start, stop: data[start:stop]
+    )
+
+    assert [entry[:3] for entry in segment.entries] == [(ref(at), IDS[at], ROOTS[at]) for at in range(2)]
+    assert segment.frame_at(1) == data[slice(*index.place(index.entries[1]))]
+    assert frame.peek(segment.frame_at(1)) == frame.peek(golden("frame_apply_1_whole"))
+    assert (index.entries, index.resume) == (segment.entries, segment.resume)
+    assert (index.filters and list(map(len, index.filters))) == filters
+    if filters:
+        assert [index.may_hold(UTXO, coin(number)) for number in (2, 3, 4)] == [
+            [index.entries[0]],
+            [index.entries[1]],
+            [],
+        ]
 
 
 @pytest.mark.parametrize(("name", "shards"), [("manifest", 1), ("manifest_of_shards", 2)])

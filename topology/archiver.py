@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pipeline import failpoints
 from pipeline.archive import (
     Committed,
+    Contents,
     Segment,
     archive_prefix,
+    build_segment,
     covered_to,
     parse_segment_name,
     plan_segments,
@@ -24,12 +26,12 @@ from pipeline.replica import Replica
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Due:
     """A segment that is to be archived. ``first`` is above ``wanted`` where the node's journal has lost what is
-    between; ``is_lost`` if that may be missing in the archive too. ``last`` is below ``first``, and there are no bytes,
-    if nothing else is due."""
+    between; ``is_lost`` if that may be missing in the archive too. ``last`` is below ``first``, and there are no
+    contents, if nothing else is due."""
 
     prefix: str
     name: str
-    data: bytes
+    contents: Contents | None
     wanted: int
     first: int
     last: int
@@ -38,6 +40,10 @@ class Due:
     @property
     def blocks(self) -> int:
         return self.last - self.first + 1
+
+    @property
+    def frame_bytes(self) -> int:
+        return 0 if self.contents is None else sum(map(len, self.contents.frames))
 
 
 class Archiver:
@@ -82,7 +88,7 @@ class Archiver:
         return Due(
             prefix=archive_prefix(meta.chain_id, meta.generation, meta.shard),
             name=segment_name(meta.chain_id, meta.generation, meta.shard, first, last) if due else "",
-            data=committed.segment(first, last) if due else b"",
+            contents=committed.contents(first, last) if due else None,
             wanted=wanted,
             first=first,
             last=last,
@@ -97,20 +103,20 @@ class Archiver:
         read.
         """
         gap = self._gap(due) if due.is_lost else None
-        if due.blocks:
-            self._put(due)
+        if due.contents is not None:
+            self._put(due, build_segment(*due.contents))
         return gap
 
     def done(self, replica: Replica, due: Due) -> None:
         """A segment is in the archive: the next commit may prune what it holds."""
         replica.archived(due.last + 1)
 
-    def _put(self, due: Due) -> None:
+    def _put(self, due: Due, data: bytes) -> None:
         failpoints.hit("archive.before_put")
         try:
-            self._objects.put_new(due.name, due.data)
+            self._objects.put_new(due.name, data)
         except AlreadyThere:
-            if not same_history(Segment.open(self._objects.get(due.name)), Segment.open(due.data)):
+            if not same_history(Segment.open(self._objects.get(due.name)), Segment.open(data)):
                 raise ArchiveConflict(
                     f"the archive holds another history of heights {due.first} to {due.last} than this node",
                     where=due.name,

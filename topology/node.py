@@ -563,7 +563,7 @@ class Node:
         if gap is not None:
             log.warning("archive_gap_left", first_height=gap[0], last_height=gap[1])
         if due.blocks:
-            log.info("segment_archived", segment=due.name, blocks=due.blocks, bytes=len(due.data))
+            log.info("segment_archived", segment=due.name, blocks=due.blocks, bytes=due.frame_bytes)
         return True
 
     def _where(self) -> dict[str, Any]:

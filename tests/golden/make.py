@@ -16,7 +16,7 @@ from blake3 import blake3
 from walks import GENERATION, NO_PARENT, STAMP, Wire, Writer, block, coin, ref
 
 from pipeline import chunk, journal
-from pipeline.archive import Segment, build_segment, resume_record
+from pipeline.archive import LAYOUT, Section, Segment, build_segment, resume_record
 from pipeline.block import BlockRef, Connect, Event, Op, Rewind, SourceEpoch, encode_event
 from pipeline.codec import Codec
 from pipeline.generation import Generation, encode_end, encode_generation
@@ -173,6 +173,12 @@ def files() -> dict[str, bytes]:
     made["range"] = range_piece(
         [step.whole for step, _ in found[:2]], journal.decode_entry(made["journal_entry"]).before
     )
+    segment = build_segment(
+        [step.whole for step, _ in found[:2]], resume_record(journal.decode_entry(made["journal_entry"]).before)
+    )
+    made["segment_with_filters"] = segment
+    places = LAYOUT.split(segment)
+    made["segment"] = LAYOUT.join({kind: segment[slice(*places[kind])] for kind in places if kind != Section.FILTERS})
     made["stored"] = b"".join(
         len(part).to_bytes(4, "little") + part for entry in sorted(store.state.items()) for part in entry
     )
