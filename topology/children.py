@@ -20,7 +20,6 @@ from weakref import WeakKeyDictionary
 
 from pipeline import errors
 from pipeline.errors import StateferryError
-from topology.settings import arm_failpoint
 
 Result = TypeVar("Result")
 
@@ -116,7 +115,10 @@ def raised(fields: dict[str, str]) -> StateferryError:
 def serve(work: Callable[[Report], Any]) -> int:
     """A child's whole life: do the work, print its result or its error. Returns the exit code."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    arm_failpoint(os.environ.get(_FAILPOINT_VARIABLE, ""))
+    if failpoint := os.environ.get(_FAILPOINT_VARIABLE):
+        from topology.settings import arm_failpoint  # noqa: PLC0415 (a third of a helper's start, for tests alone)
+
+        arm_failpoint(failpoint)
     try:
         try:
             _print({"result": work(lambda what, done, total: _print({"progress": [what, done, total]}))})

@@ -33,6 +33,8 @@ from topology.children import Report, no_report
 COPY_FOLDER = "proving"
 _REPORT_ENTRIES = 1 << 16
 _GROUP_BYTES = 2
+_KEYS_A_HELPER = 100_000
+"""Hashed in the time that another helper process takes to start: half a second."""
 _CORES = os.cpu_count() or 1
 
 _slots_of: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
@@ -67,7 +69,8 @@ async def audit_store(path: Path, *, groups: range, workers: int = _CORES, repor
 
 
 async def audit_position(path: Path, *, workers: int | None = None, report: Report = no_report) -> tuple[Meta, Audited]:
-    """`audit_store`, compared with the store's own position. ``workers`` None: its share of the cores.
+    """`audit_store`, compared with the store's own position. ``workers`` None: its share of the cores, or fewer where
+    they would only start.
 
     Raises AuditFailed, StoreCorrupt, NotFound.
     """
@@ -79,12 +82,13 @@ async def audit_position(path: Path, *, workers: int | None = None, report: Repo
     if data is None:
         raise NotFound("the store has no position yet", where=str(path))
     meta = decode_meta(data)
-    groups = groups_of(meta.shard, meta.shards)
-    found = await audit_store(path, groups=groups, workers=workers or -(-_CORES // meta.shards), report=report)
+    groups, keys = groups_of(meta.shard, meta.shards), sum(meta.tip.counts.values())
+    workers = workers or min(-(-_CORES // meta.shards), 1 + keys // _KEYS_A_HELPER)
+    found = await audit_store(path, groups=groups, workers=workers, report=report)
     check_audit(found, meta.tip)
-    if found.keys != sum(meta.tip.counts.values()):
+    if found.keys != keys:
         raise AuditFailed(
-            f"the store holds {found.keys} keys, its position says {sum(meta.tip.counts.values())}",
+            f"the store holds {found.keys} keys, its position says {keys}",
             where=f"block {meta.tip.ref}",
             way_out="restore this data directory from a snapshot",
         )
