@@ -31,8 +31,10 @@ NAMES: Final = (
     "snapshot.after_manifest",  # the snapshot exists
     "restore.planned",  # the plan is written down
     "restore.part_fetched",  # one part is here and checked
+    "restore.piece_fetched",  # one piece of a range diff is here and checked
     "restore.before_ingest",  # all parts are here
     "restore.after_ingest",  # the store has them, but no position yet
+    "restore.chunk_applied",  # one chunk of a range diff was applied
     "restore.frame_applied",  # one archived frame was applied
     "prove.range_hashed",  # a helper process hashed its share, nobody knows
     "prove.hashed",  # every key was hashed, the proof is not written

@@ -22,9 +22,12 @@ from pipeline.errors import (
 )
 from pipeline.objects import LocalObjects, MemoryObjects
 from pipeline.parts import write_parts
+from pipeline.plans import SegmentObject, SnapshotObject, newest_names
 from pipeline.position import Meta
-from pipeline.restore import SUCCESSORS, SegmentObject, Stage, newest_names, plan
-from pipeline.snapshot import Manifest, ManifestName, encode_manifest
+from pipeline.range_names import RangeName, RangeObject
+from pipeline.restore import SUCCESSORS, Stage
+from pipeline.routes import History, Route, find_route
+from pipeline.snapshot import ManifestName, encode_manifest
 from pipeline.stores.base import PROOF_KEY
 from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import decode_proof
@@ -348,54 +351,100 @@ def test_plan(ferry: Ferry) -> None:
 
     assert planned.manifest == newest
     assert (planned.height, planned.frames) == (height, height - newest.height)
-    assert planned.requests == len(newest.parts) + len(planned.segments)
+    assert planned.requests == len(newest.parts) + len(planned.segments) == sum(step.requests for step in planned.steps)
     assert planned.size_bytes == newest.size_bytes + sum(
         ferry.objects.size(str(segment.name)) for segment in planned.segments
     )
 
 
-def at(manifest: Manifest, generation: int, height: int) -> Manifest:
-    tip = manifest.tip
-    assert tip.ref is not None
-    number = bytes([generation]) * 16
-    resume = replace(
-        manifest.resumes[0],
-        generation=number,
-        generation_number=generation,
-        tip=replace(tip, ref=replace(tip.ref, height=height)),
-    )
-    return replace(manifest, resumes=(resume,))
+def snapshot(generation: int, height: int, size_bytes: int = 1) -> SnapshotObject:
+    return SnapshotObject(ManifestName("walk", bytes([generation]) * 16, height, b"r" * 8), size_bytes, 1)
 
 
-def segments(generation: int, *spans: tuple[int, int]) -> list[SegmentObject]:
-    return [SegmentObject(SegmentName("walk", bytes([generation]) * 16, 0, *span), 1) for span in spans]
+def segments(generation: int, *spans: tuple[int, int], shard: int = 0, size_bytes: int = 1) -> list[SegmentObject]:
+    names = [SegmentName("walk", bytes([generation]) * 16, shard, *span) for span in spans]
+    return [SegmentObject(name, size_bytes) for name in names]
 
 
-def test_plan_over_generations(ferry: Ferry) -> None:
+def ranges(*spans: tuple[int, int], shard: int = 0, size_bytes: int = 1) -> list[RangeObject]:
+    names = [RangeName("walk", bytes([1]) * 16, shard, *span) for span in spans]
+    return [RangeObject(name, (size_bytes,)) for name in names]
+
+
+HISTORIES = {bytes([number]) * 16: History(number, 1) for number in (1, 2)}
+
+
+def shown(route: Route) -> tuple[int, list[tuple[int, int]]]:
+    """The start, -1 without a snapshot; the hops in order, those that are range diffs with their end negative."""
+    spans = [(one.name.last, one.name.first, 1) for one in route.segments]
+    spans += [(one.name.last, one.name.first, -1) for one in route.ranges]
+    start = -1 if route.snapshot is None else route.snapshot.height
+    return start, [(first, last * sign) for last, first, sign in sorted(spans)]
+
+
+def test_routes_over_generations() -> None:
     """A newer generation is preferred, where it leads to the height; else an older one."""
-    model = ferry.manifests[0]
-    manifests = [at(model, 1, 100), at(model, 2, 400)]
+    snapshots = [snapshot(1, 100), snapshot(2, 400)]
     archive = [
         *segments(1, (0, 63), (64, 127), (128, 191), (100, 191)),
         *segments(2, (401, 447), (401, 500), (501, 511)),
     ]
 
     def found(height: int | None) -> tuple[int, int, int, list[tuple[int, int]]]:
-        planned = plan(manifests, archive, height, shards=dict.fromkeys((bytes([one]) * 16 for one in (1, 2)), 1))
-        start = -1 if planned.manifest is None else planned.manifest.height
-        spans = [(segment.name.first, segment.name.last) for segment in planned.segments]
-        return planned.generation[0], start, planned.height, spans
+        known = [one for one in snapshots if height is None or one.name.height <= height]
+        route = find_route(known, archive, [], height, histories=HISTORIES)
+        return route.generation[0], *shown(route)[:1], route.height, shown(route)[1]
 
     assert found(None) == (2, 400, 511, [(401, 500), (501, 511)])
     assert found(400) == (2, 400, 400, [])
-    assert found(450) == (2, 400, 450, [(401, 500)])
+    assert found(450)[:3] == (2, 400, 450)
     assert found(191) == (1, 100, 191, [(100, 191)])
     assert found(99) == (1, -1, 99, [(0, 63), (64, 127)])
     for missing in (192, 399, 512):
         with pytest.raises(NotFound):
             found(missing)
     with pytest.raises(NotFound):
-        plan([], [], None, shards={})
+        find_route([], [], [], None, histories={})
+
+
+def test_routes_by_cost() -> None:
+    """Range diffs of any level where they are cheaper than what they stand for, an older snapshot where it is; inside a
+    range diff lower levels, then frames."""
+    windows = [(at, at + 63) for at in range(0, 8192, 64)]
+    archive = segments(1, *windows, size_bytes=100_000)
+    levels = ranges(*windows, size_bytes=60_000) + ranges((0, 4095), (4096, 8191), size_bytes=1_000_000)
+
+    def found(height: int | None, snapshots: list[SnapshotObject], **given: list[RangeObject]) -> object:
+        known = [one for one in snapshots if height is None or one.name.height <= height]
+        return shown(find_route(known, archive, given.get("levels", levels), height, histories=HISTORIES))
+
+    small, large = snapshot(1, 4095, 1_000_000), snapshot(1, 8191, 2_000_000_000)
+    assert found(None, [snapshot(1, 4095)]) == (4095, [(4096, -8191)])
+    assert found(8191, [small, large]) == (4095, [(4096, -8191)])
+    assert found(8191, [large], levels=[]) == (8191, [])
+    assert found(4300, [small]) == (4095, [(4096, -4159), (4160, -4223), (4224, -4287), (4288, 4351)])
+    assert found(4200, [snapshot(1, 4110)]) == (4110, [(4096, 4159), (4160, 4223)])
+    assert found(4300, [snapshot(1, 4110)]) == (4110, [(4096, 4159), (4160, -4223), (4224, -4287), (4288, 4351)])
+    assert found(4095, []) == (-1, [(0, -4095)])
+    dear = ranges(*windows, size_bytes=900_000)
+    assert found(200, [], levels=dear) == (-1, [(0, 63), (64, 127), (128, 191), (192, 255)])
+
+
+def test_routes_of_several_shards() -> None:
+    """All shards end at one height that each can come to: not inside a range diff whose segments are gone."""
+    histories = {bytes([1]) * 16: History(1, 2)}
+    archive = segments(1, (0, 63), (64, 99)) + segments(1, (0, 63), (64, 127), shard=1)
+    levels = ranges((64, 127))
+
+    def found(archive: list[SegmentObject], levels: list[RangeObject], height: int | None = None) -> int:
+        return find_route([], archive, levels, height, histories=histories).height
+
+    assert found(archive, []) == 99
+    assert found(archive, levels) == 127
+    assert found(archive[:1] + archive[2:], levels) == 127
+    assert found(archive[:1] + segments(1, (0, 63), (64, 99), shard=1), levels) == 63
+    with pytest.raises(NotFound, match="block 100 of shard 0 is missing"):
+        found(archive, [], 100)
 
 
 def test_two_snapshots_of_one_height() -> None:

@@ -49,7 +49,8 @@ from pipeline.frame import NO_HASH
 from pipeline.objects import ObjectStore, open_objects
 from pipeline.parts import Part, digest_file
 from pipeline.position import Meta, decode_meta, encode_meta
-from pipeline.restore import Replay, SegmentObject, before_first, lead
+from pipeline.plans import SegmentObject, lead
+from pipeline.restore import Replay, before_first
 from pipeline.segment_index import SegmentIndex
 from pipeline.snapshot import Manifest, parse_manifest_name
 from pipeline.stores.base import META_KEY, Batch

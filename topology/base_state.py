@@ -15,7 +15,7 @@ from pipeline.errors import CoinsCorrupt, NotFound, WrongChain
 from pipeline.generation import Generation
 from pipeline.objects import AlreadyThere, ObjectStore
 from pipeline.parts import PART_RAW_BYTES_MAX, sum_parts
-from pipeline.restore import newest_names
+from pipeline.plans import newest_names
 from pipeline.shards import groups_of
 from pipeline.snapshot import Manifest, base_resume, encode_manifest, parse_manifest_name, parts_of
 from pipeline.state import KEY_GROUPS, UTXO, Schema

@@ -2,6 +2,7 @@
 
     parts/         snapshot parts, by their names
     segments/      archived segments: SHARD-FIRST-LAST.seg
+    ranges/        pieces of range diffs: SHARD-FIRST-LAST.PIECE-PIECES.rng
 
 A file has its name only once its bytes were found to be right; so a crash costs what was on its way, and no more.
 """
@@ -15,15 +16,16 @@ from pathlib import Path
 
 from pipeline import failpoints
 from pipeline.archive import Segment, SegmentName
-from pipeline.errors import PartCorrupt, RangeCorrupt, SegmentCorrupt
+from pipeline.errors import PartCorrupt, RangeCorrupt, SegmentCorrupt, Unsupported
 from pipeline.objects import ObjectStore
 from pipeline.objects.files import written_whole
 from pipeline.parts import Part, digest_file
-from pipeline.range_names import PieceName
-from pipeline.ranges import Piece
-from pipeline.restore import RestorePlan
+from pipeline.plans import RestorePlan
+from pipeline.range_names import PieceName, RangeObject
+from pipeline.ranges import Piece, RangeDiff
 from pipeline.snapshot import Manifest
 
+FOLDERS = ("parts", "segments", "ranges")
 _THREADS = 8
 
 
@@ -45,23 +47,43 @@ class Fetching:
         """One that is here."""
         return open_segment(self.segment_path(name).read_bytes(), name)
 
+    def piece_path(self, name: PieceName) -> Path:
+        return self._folder / "ranges" / f"{name.of.shard:02d}-{str(name).rpartition('/')[2]}"
+
+    def range_diff(self, found: RangeObject) -> RangeDiff:
+        """One that is here. Raises RangeCorrupt."""
+        pieces = [Piece.of_file(self.piece_path(name), is_checked=True) for name in found.pieces]
+        return RangeDiff.of(found.name, pieces)
+
     def fetch(self, plan: RestorePlan, report: Callable[[int, int], None]) -> None:
-        """Parts and segments, several at a time; what is here already was checked before. ``report``: bytes fetched,
-        of how many. Raises NotFound, PartCorrupt, SegmentCorrupt, DiskFull."""
-        for folder in ("parts", "segments"):
+        """Parts, segments and range diffs, several at a time; what is here already was checked before. ``report``:
+        bytes that are here, of how many. Raises NotFound, PartCorrupt, SegmentCorrupt, RangeCorrupt, DiskFull."""
+        for folder in FOLDERS:
             (self._folder / folder).mkdir(exist_ok=True)
         with _cleared_threads() as threads:
             pending: set[Future[int]] = set()
             for part in plan.parts:
                 if not self.part_path(part).exists():
                     pending.add(threads.submit(self._fetch_part, plan.manifest, part))
+            for piece in [piece for one in plan.ranges for piece in one.pieces]:
+                if not self.piece_path(piece).exists():
+                    pending.add(threads.submit(self._fetch_piece, piece))
             for segment in plan.segments:
                 if not self.segment_path(segment.name).exists():
                     pending.add(threads.submit(self._fetch_segment, segment.name))
+            here_bytes = self._here_bytes(plan)
             while pending:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                self.fetched_bytes += sum(future.result() for future in done)
-                report(self.fetched_bytes, plan.size_bytes)
+                came_bytes = sum(future.result() for future in done)
+                self.fetched_bytes += came_bytes
+                here_bytes += came_bytes
+                report(here_bytes, plan.size_bytes)
+
+    def _here_bytes(self, plan: RestorePlan) -> int:
+        paths = [self.part_path(part) for part in plan.parts]
+        paths += [self.piece_path(piece) for one in plan.ranges for piece in one.pieces]
+        paths += [self.segment_path(segment.name) for segment in plan.segments]
+        return sum(path.stat().st_size for path in paths if path.exists())
 
     def _fetch_part(self, manifest: Manifest | None, part: Part) -> int:
         assert manifest is not None
@@ -83,6 +105,13 @@ class Fetching:
             data = path.read_bytes()
             open_segment(data, name)
         return len(data)
+
+    def _fetch_piece(self, name: PieceName) -> int:
+        with self._incoming(str(name), self.piece_path(name)) as path:
+            open_piece(path, name)
+            size_bytes = path.stat().st_size
+        failpoints.hit("restore.piece_fetched")
+        return size_bytes
 
     @contextmanager
     def _incoming(self, name: str, path: Path) -> Iterator[Path]:
@@ -124,8 +153,8 @@ def open_piece(path: Path, name: PieceName) -> Piece:
     try:
         piece = Piece.of_file(path)
         piece.check_name(name)
-    except RangeCorrupt as error:
-        raise RangeCorrupt(
-            error.what, where=str(name), way_out="delete it: `stateferry archive squash` makes it again"
-        ) from error
+    except (RangeCorrupt, Unsupported) as error:
+        error.where = str(name)
+        error.way_out = error.way_out or "delete it: `stateferry archive squash` makes it again"
+        raise
     return piece

@@ -31,6 +31,7 @@ EVENTS: Final[dict[str, str]] = {
     "record_voided": "topic, offset, reason",
     "archive_waits": "error, message",  # the object store cannot be used: what is final stays in the journal
     "segment_archived": "segment, blocks, bytes",
+    "range_diff_refused": "range, error, message",
     "archive_squashed": "shard, ranges, seconds",
     "archive_not_squashed": "shard, error, message",
     "archive_gap_left": "first_height, last_height",  # neither archived nor in this node's journal

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import defaultdict
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,9 @@ from pipeline.archive import parse_segment_name
 from pipeline.errors import ManifestCorrupt, ObjectMissing, UsageError
 from pipeline.objects import ObjectStore
 from pipeline.objects.files import written_whole
-from pipeline.restore import RestorePlan, SegmentObject, newest_names, plan
+from pipeline.plans import RestorePlan, SegmentObject, SnapshotObject, newest_names
+from pipeline.range_names import PieceName, RangeName, parse_piece_name, whole_ranges
+from pipeline.routes import History, find_route
 from pipeline.snapshot import Manifest, ManifestName, decode_manifest, parse_manifest_name
 from topology.fetching import open_segment
 
@@ -36,44 +40,85 @@ class Request(NamedTuple):
         return [self.chain, self.generation and self.generation.hex(), self.height, self.shard]
 
 
-def plan_restore(objects: ObjectStore, request: Request) -> RestorePlan:
+class _Listing:
+    """What an object store has of one chain."""
+
+    def __init__(self, objects: ObjectStore, request: Request, refused: Collection[RangeName]) -> None:
+        """Raises UsageError (several chains)."""
+        manifests: list[ManifestName] = []
+        pieces: list[tuple[PieceName, int]] = []
+        sizes: dict[str, list[int]] = defaultdict(list)  # of snapshots' parts, by their folders
+        self.segments: list[SegmentObject] = []
+        chains: set[str] = set()
+        for name, size, *_ in objects.list("" if request.chain is None else f"{request.chain}/"):
+            manifest, segment, piece = parse_manifest_name(name), parse_segment_name(name), parse_piece_name(name)
+            sizes[name.rpartition("/")[0]].append(size)
+            found = manifest or segment or (piece and piece.of)
+            if found is None or request.generation not in (None, found.generation):
+                continue
+            chains.add(found.chain_id)
+            if manifest is not None:
+                manifests.append(manifest)
+            elif segment is not None:
+                self.segments.append(SegmentObject(segment, size))
+            elif piece is not None and piece.of not in refused:
+                pieces.append((piece, size))
+        if len(chains) > 1:
+            raise UsageError(
+                f"the object store holds several chains: {', '.join(sorted(chains))}", way_out="say which one: --chain"
+            )
+        self.ranges = whole_ranges(pieces)
+        self.snapshots = [
+            SnapshotObject(name, sum(sizes[name.folder]), len(sizes[name.folder]) - 1)
+            for name in manifests
+            if request.height is None or name.height <= request.height
+        ]
+
+
+def plan_restore(
+    objects: ObjectStore, request: Request, *, refused: Collection[RangeName] = frozenset()
+) -> RestorePlan:
     """What a restore would fetch; reads names, and one manifest of each generation, or its first segment. If a sweep
-    took one of them since they were listed, it lists again.
+    took one of them since they were listed, it lists again. ``refused``: range diffs that are not to be used.
 
     Raises NotFound, UsageError (several chains), ManifestCorrupt, SegmentCorrupt, Unsupported, ArchiveConflict.
     """
     for _ in range(_LISTINGS_MAX - 1):
         with suppress(ObjectMissing):
-            return _plan_listed(objects, request)
-    return _plan_listed(objects, request)
+            return _plan_listed(objects, request, refused)
+    return _plan_listed(objects, request, refused)
 
 
-def _plan_listed(objects: ObjectStore, request: Request) -> RestorePlan:
-    manifests: list[ManifestName] = []
-    segments: list[SegmentObject] = []
-    for info in objects.list("" if request.chain is None else f"{request.chain}/"):
-        manifest, segment = parse_manifest_name(info.name), parse_segment_name(info.name)
-        found = manifest or segment
-        if found is None or request.generation not in (None, found.generation):
-            continue
-        if manifest is not None:
-            manifests.append(manifest)
-        elif segment is not None:
-            segments.append(SegmentObject(segment, info.size_bytes))
-    chains = {name.chain_id for name in manifests} | {segment.name.chain_id for segment in segments}
-    if len(chains) > 1:
-        raise UsageError(
-            f"the object store holds several chains: {', '.join(sorted(chains))}", way_out="say which one: --chain"
-        )
-    read = [read_manifest(objects, str(name)) for name in newest_names(manifests, request.height)]
-    shards = {manifest.generation: manifest.shards for manifest in read}
-    for _, name in sorted((segment.name.first, segment.name) for segment in segments):
-        if name.generation not in shards:
-            shards[name.generation] = open_segment(objects.get(str(name)), name).resume.shards
-    planned = plan(read, segments, request.height, shards=shards)
+def _plan_listed(objects: ObjectStore, request: Request, refused: Collection[RangeName]) -> RestorePlan:
+    listing = _Listing(objects, request, refused)
+    newest = newest_names([one.name for one in listing.snapshots], request.height)
+    read = {name: read_manifest(objects, str(name)) for name in newest}
+    histories = {one.generation: History(one.generation_number, one.shards) for one in read.values()}
+    for _, segment in sorted((one.name.first, one.name) for one in listing.segments):
+        if segment.generation not in histories:
+            resume = open_segment(objects.get(str(segment)), segment).resume
+            histories[segment.generation] = History(resume.generation_number, resume.shards)
+    ranges = [one for one in listing.ranges if one.name.generation in histories]
+    route = find_route(listing.snapshots, listing.segments, ranges, request.height, histories=histories)
+    name = route.snapshot
+    manifest = None if name is None else read.get(name) or read_manifest(objects, str(name))
+    planned = RestorePlan(
+        chain_id=(listing.segments or listing.snapshots)[0].name.chain_id,
+        generation=route.generation,
+        height=route.height,
+        manifest=manifest,
+        segments=route.segments,
+        ranges=route.ranges,
+        shards=histories[route.generation].shards,
+    )
     if request.shard is None:
         return planned
-    return replace(planned, segments=tuple(planned.segments_of(request.shard)), only=request.shard)
+    return replace(
+        planned,
+        segments=tuple(one for one in route.segments if one.name.shard == request.shard),
+        ranges=tuple(one for one in route.ranges if one.name.shard == request.shard),
+        only=request.shard,
+    )
 
 
 def read_manifest(objects: ObjectStore, name: str) -> Manifest:
@@ -96,10 +141,15 @@ def _named_manifest(data: bytes, name: str) -> Manifest:
 # Written down
 
 
-def write_plan(folder: Path, objects: ObjectStore, request: Request, made: RestorePlan) -> None:
-    """Into a folder that is emptied for it: the manifest first, so that a plan never stands there without."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def write_plan(
+    folder: Path, objects: ObjectStore, request: Request, made: RestorePlan, *, instead: RestorePlan | None = None
+) -> None:
+    """Into a folder that is emptied for it: the manifest first, so that a plan never stands there without. What was
+    fetched for the one that it stands ``instead`` of stays, if it is of the same generation."""
+    if instead is None or (instead.chain_id, instead.generation) != (made.chain_id, made.generation):
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _PLAN_FILE).unlink(missing_ok=True)
     if made.manifest is not None:
         with written_whole(folder / _MANIFEST_FILE) as draft:
             draft.write_bytes(objects.get(made.manifest.name))
@@ -111,6 +161,9 @@ def write_plan(folder: Path, objects: ObjectStore, request: Request, made: Resto
         "shards": made.shards,
         "manifest": "" if made.manifest is None else made.manifest.name,
         "segments": [[str(segment.name), segment.size_bytes] for segment in made.segments],
+        "ranges": [
+            [str(piece), size] for one in made.ranges for piece, size in zip(one.pieces, one.sizes, strict=True)
+        ],
     }
     with written_whole(folder / _PLAN_FILE) as draft:
         draft.write_bytes(json.dumps(fields, indent=1).encode())
@@ -128,12 +181,14 @@ def written_plan(folder: Path, request: Request) -> RestorePlan | None:
     if held["manifest"]:
         manifest = _named_manifest((folder / _MANIFEST_FILE).read_bytes(), held["manifest"])
     names = [(parse_segment_name(name), size) for name, size in held["segments"]]
+    pieces = [(parse_piece_name(name), size) for name, size in held.get("ranges", [])]
     return RestorePlan(
         chain_id=held["chain"],
         generation=bytes.fromhex(held["generation"]),
         height=held["height"],
         manifest=manifest,
         segments=tuple(SegmentObject(name, size) for name, size in names if name is not None),
+        ranges=tuple(whole_ranges((name, size) for name, size in pieces if name is not None)),
         shards=held["shards"],
         only=request.shard,
     )

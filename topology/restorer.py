@@ -4,7 +4,7 @@ It works in `restoring/` inside the data directory, and takes up after a crash w
 
     plan.json           what was asked for, and what will be fetched (`restore_plans`)
     manifest.json       the manifest, as fetched
-    parts/ segments/    what is here and was checked (`fetching`)
+    parts/ ranges/ segments/    what is here and was checked (`fetching`)
     store/              the store that will be, or `shards/` with one for each; it has a position once its parts are in
 
 Renaming that folder to its place is the one moment at which the data directory has a store, or all of them.
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline import failpoints
+from pipeline.archive import Segment
 from pipeline.block import BlockRef
 from pipeline.errors import (
     AuditFailed,
@@ -34,20 +35,26 @@ from pipeline.errors import (
     NotFound,
     ObjectMissing,
     PartCorrupt,
+    RangeCorrupt,
+    StateferryError,
     StoreCorrupt,
+    Unsupported,
 )
 from pipeline.leases import Kind
 from pipeline.objects import ObjectStore, open_objects
 from pipeline.objects.files import sync
+from pipeline.plans import Estimate, Hop, RestorePlan
 from pipeline.position import Meta, decode_meta, encode_meta
-from pipeline.restore import Replay, RestorePlan, Stage, before_first, settled
+from pipeline.range_names import RangeName, RangeObject
+from pipeline.ranges import RangeDiff
+from pipeline.restore import Replay, Stage, before_first, settled
 from pipeline.shards import join_metas
 from pipeline.stores.base import META_KEY, PROOF_KEY, Batch
 from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import Proof, encode_proof
 from topology import children, logs
 from topology.data_dir import DataDir
-from topology.fetching import Fetching
+from topology.fetching import FOLDERS, Fetching
 from topology.holding import held
 from topology.restore_plans import Request, plan_restore, write_plan, written_plan
 from topology.verifier import prove
@@ -83,7 +90,10 @@ class Restored:
     manifest_name: str  # empty: from the archive alone
     fetched_bytes: int  # in this run
     frames: int  # applied in this run
+    range_diffs: int  # applied in this run
+    refused: list[str]  # range diffs that are damaged, or lead elsewhere: frames were taken instead
     seconds: dict[Stage, float]
+    estimate: Estimate | None  # None: a part was done before this run
 
     @property
     def meta(self) -> Meta:
@@ -114,7 +124,8 @@ def restore(
     Goes on with an interrupted restore that asked for the same; anything else found there is removed. Raises NotEmpty,
     NotFound, PartCorrupt, ManifestCorrupt, SegmentCorrupt, Diverged, DiskFull: then there is no store.
     """
-    return _Restorer(objects, DataDir(data_dir), request, progress).run(claimed, workers)
+    cores = 0 if claimed else workers or os.cpu_count() or 1
+    return _Restorer(objects, DataDir(data_dir), request, progress, cores).run(claimed, workers)
 
 
 class _Restorer:
@@ -123,7 +134,11 @@ class _Restorer:
     * `draft` is the directory as it will be, inside of `restoring/`.
     """
 
-    def __init__(self, objects: ObjectStore, data_dir: DataDir, request: Request, progress: ProgressReport) -> None:
+    def __init__(
+        self, objects: ObjectStore, data_dir: DataDir, request: Request, progress: ProgressReport, cores: int
+    ) -> None:
+        """``cores``: that prove in the end; 0: it stays claimed."""
+        self.cores = cores
         self.objects = objects
         self.data_dir = data_dir
         self.work = data_dir.path / WORK_FOLDER
@@ -134,6 +149,9 @@ class _Restorer:
         self.stage = Stage.PLAN
         self.seconds: dict[Stage, float] = {}
         self.frames = 0
+        self.range_diffs = 0
+        self.refused: dict[RangeName, StateferryError] = {}
+        self.estimate: Estimate | None = None
         self._since = time.monotonic()
 
     def run(self, claimed: bool, workers: int | None) -> Restored:
@@ -142,8 +160,10 @@ class _Restorer:
         else:
             try:
                 metas, manifest_name = self._restore()
-            except (CorruptInput, Diverged, NotFound):
+            except (CorruptInput, Diverged, NotFound, Unsupported) as error:
                 shutil.rmtree(self.work, ignore_errors=True)  # what was planned and fetched leads nowhere
+                if self.refused and isinstance(error, NotFound):
+                    raise list(self.refused.values())[-1] from error
                 raise
         proof = Proof(proven=False)
         if not claimed:
@@ -157,44 +177,73 @@ class _Restorer:
             manifest_name=manifest_name,
             fetched_bytes=self.fetching.fetched_bytes,
             frames=self.frames,
+            range_diffs=self.range_diffs,
+            refused=[str(error) for error in self.refused.values()],
             seconds=self.seconds,
+            estimate=self.estimate,
         )
 
     def _restore(self) -> tuple[list[Meta], str]:
-        plan = self._fetch()
+        plan, instead = written_plan(self.work, self.request), None
+        is_new = plan is None
+        while True:
+            plan = self._fetch(plan, instead)
+            if is_new:
+                self.estimate = plan.estimate(cores=self.cores)
+            try:
+                metas = self._build(plan)
+                break
+            except (RangeCorrupt, Unsupported) as error:
+                self._refuse(plan, error)
+                plan, instead = None, plan
+        self._enter(Stage.CLAIMED)
+        self._publish()
+        return metas, plan.manifest_name
+
+    def _build(self, plan: RestorePlan) -> list[Meta]:
         self._enter(Stage.INGEST)
         failpoints.hit("restore.before_ingest")
         paths = {shard: self.draft.shard(shard, len(plan.wanted)).store_path for shard in plan.wanted}
         for shard, path in paths.items():
             self._ingest(path, plan, shard)
-        self._enter(Stage.FRAMES)
-        metas = [self._replay(path, plan, shard) for shard, path in paths.items()]
-        self._enter(Stage.CLAIMED)
-        self._publish()
-        return metas, plan.manifest_name
+        return [self._replay(path, plan, shard) for shard, path in paths.items()]
 
-    def _fetch(self) -> RestorePlan:
-        """A plan, with all that it names here. What it names is pinned meanwhile; if a sweep was faster, there is
-        another plan. Raises NotFound if there is none."""
-        plan = written_plan(self.work, self.request)
+    def _refuse(self, plan: RestorePlan, error: RangeCorrupt | Unsupported) -> None:
+        """A range diff is not what it says: another plan goes without it, and begins with other stores. Raises the
+        error if it is about something else."""
+        refused = [one.name for one in plan.ranges if error.where.startswith(str(one.name))]
+        if not refused:
+            raise error
+        log.warning("range_diff_refused", range=error.where, error=error.name, message=str(error))
+        self.refused |= dict.fromkeys(refused, error)
+        self._enter(Stage.PLAN)
+
+    def _fetch(self, plan: RestorePlan | None, instead: RestorePlan | None) -> RestorePlan:
+        """A plan, with all that it names here. What it names is pinned meanwhile; if a sweep was faster, or a range
+        diff is damaged, there is another plan. ``plan``: one that is written down. Raises NotFound if there is none."""
         is_written = plan is not None
-        plan = plan or plan_restore(self.objects, self.request)
         while True:
+            plan = plan or plan_restore(self.objects, self.request, refused=self.refused)
             try:
                 with held(self.objects, plan.chain_id, Kind.PIN, plan.names):
                     if not is_written:
-                        write_plan(self.work, self.objects, self.request, plan)
+                        shutil.rmtree(self.draft.stores_path, ignore_errors=True)  # made by another plan
+                        write_plan(self.work, self.objects, self.request, plan, instead=instead)
                         failpoints.hit("restore.planned")
                     self._enter(Stage.FETCH)
                     self.fetching.fetch(plan, lambda done, total: self._report(done, total, "bytes"))
                 return plan
             except ObjectMissing:
-                missing, plan, is_written = plan, plan_restore(self.objects, self.request), False
-                if plan == missing:
+                again = plan_restore(self.objects, self.request, refused=self.refused)
+                if again == plan:
                     raise
+                instead, plan, is_written = plan, again, False
                 log.warning("restore_planned_again", height=plan.height, manifest=plan.manifest_name)
                 if self.stage is Stage.FETCH:
                     self._enter(Stage.PLAN)
+            except (RangeCorrupt, Unsupported) as error:
+                self._refuse(plan, error)
+                instead, plan, is_written = plan, None, False
 
     def _enter(self, stage: Stage) -> None:
         assert self.stage.may_lead_to(stage), (self.stage, stage)
@@ -234,7 +283,7 @@ class _Restorer:
                 meta = plan.manifest.resumes[shard]
                 self._take_parts(store, plan, shard)
             else:
-                meta = before_first(self.fetching.segment(plan.segments_of(shard)[0].name).resume)
+                meta = before_first(self._opened(plan.hops_of(shard)[0]).resume)
             failpoints.hit("restore.after_ingest")
             store.write(Batch(meta={META_KEY: encode_meta(meta)}))
         finally:
@@ -265,13 +314,8 @@ class _Restorer:
             data = store.get_meta(META_KEY)
             assert data is not None, path
             replay = Replay(store, decode_meta(data))
-            for segment in plan.segments_of(shard):
-                if segment.name.last < replay.meta.tip.height:
-                    continue
-                for header in replay.run(self.fetching.segment(segment.name), plan.height):
-                    failpoints.hit("restore.frame_applied")
-                    self.frames += 1
-                    self._report(header.ref.height, plan.height, "blocks")
+            for hop in plan.hops_of(shard):
+                self._apply(replay, hop, plan)
             if replay.meta.tip.height != plan.height:
                 raise NotFound(
                     f"the restore ended at block {replay.meta.tip.ref}, not at height {plan.height}",
@@ -283,6 +327,30 @@ class _Restorer:
         finally:
             store.close()
         return meta
+
+    def _apply(self, replay: Replay, hop: Hop, plan: RestorePlan) -> None:
+        """A range diff, or a segment's frames. What is in the store already is passed by."""
+        found, at = self._opened(hop), replay.meta.tip.height
+        if isinstance(found, Segment):
+            if hop.name.last >= at:
+                self._go_to(Stage.FRAMES)
+                for header in replay.run(found, plan.height):
+                    failpoints.hit("restore.frame_applied")
+                    self.frames += 1
+                    self._report(header.ref.height, plan.height, "blocks")
+        elif hop.name.last > at:
+            self._go_to(Stage.RANGES)
+            for changes in replay.run_range(found):
+                failpoints.hit("restore.chunk_applied")
+                self._report(changes, found.changes, "changes")
+            self.range_diffs += 1
+
+    def _opened(self, hop: Hop) -> Segment | RangeDiff:
+        return self.fetching.range_diff(hop) if isinstance(hop, RangeObject) else self.fetching.segment(hop.name)
+
+    def _go_to(self, stage: Stage) -> None:
+        if self.stage is not stage:
+            self._enter(stage)
 
     # Publish and prove
 
@@ -296,7 +364,7 @@ class _Restorer:
         draft = self.draft.stores_path
         draft.rename(self.data_dir.path / draft.name)
         sync(self.data_dir.path)
-        for folder in ("parts", "segments", "ingesting"):
+        for folder in (*FOLDERS, "ingesting"):
             shutil.rmtree(self.work / folder, ignore_errors=True)
 
     def _prove(self, metas: list[Meta], workers: int | None) -> Proof:

@@ -26,7 +26,8 @@ from pipeline.objects import AlreadyThere, ObjectStore, open_objects
 from pipeline.parts import PART_RAW_BYTES_MAX, WrittenPart, write_parts
 from pipeline.position import Meta, decode_meta
 from pipeline.replica import Replica
-from pipeline.restore import Replay, SegmentObject, lead
+from pipeline.plans import SegmentObject, lead
+from pipeline.restore import Replay
 from pipeline.shards import check_all_here, join_metas
 from pipeline.snapshot import (
     MANIFEST_FILE,

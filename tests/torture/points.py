@@ -235,6 +235,17 @@ SCENES = {
             ("squash.after_put", 2),
         ],
     ],
+    "ranged": [
+        [
+            ("restore.planned", 1),
+            ("restore.piece_fetched", 1),
+            ("restore.after_ingest", 1),
+            ("restore.chunk_applied", 1),
+        ],
+        [
+            ("follow.read", 6),
+        ],
+    ],
     "ingest": [
         [
             ("ingest.published", 50),

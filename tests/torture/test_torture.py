@@ -23,6 +23,8 @@ EARLY = 60
 """Height of the first snapshot's tip: what is restored above it needs archived frames too."""
 REACHED = 110
 """An archived height that no snapshot has."""
+RANGED = 127
+"""The last height of a range diff."""
 BASE = ROOT / "tests" / "data" / "bitcoin" / "block300025_undo"
 BASE_HEIGHT = 300025
 
@@ -55,6 +57,10 @@ def snapshot(site: Site) -> None:
     site.step("snapshot", node="p")
 
 
+def squash_archive(site: Site) -> None:
+    site.step("archive", "squash", node="p")
+
+
 TEMPLATES: dict[str, tuple[str, Callable[[Site], None]]] = {
     "empty": ("", lambda site: None),
     "opened": ("", open_log),
@@ -64,6 +70,7 @@ TEMPLATES: dict[str, tuple[str, Callable[[Site], None]]] = {
     "shardled": ("sharded", lead),
     "followed": ("led", follow),
     "snapped": ("led", snapshot),
+    "squashed": ("snapped", squash_archive),
 }
 
 # Scenes
@@ -151,7 +158,14 @@ def shardrestore(site: Site, point: Point) -> None:
 
 def squash(site: Site, point: Point) -> None:
     """Range diffs of what is archived."""
-    site.step("archive", "squash", node="p")
+    squash_archive(site)
+
+
+def ranged(site: Site, point: Point) -> None:
+    """To the end of a range diff."""
+    site.step("restore", "--height", str(RANGED), node="s")
+    site.run("s", "replica")
+    site.step("verify", node="s")
 
 
 def ingest(site: Site, point: Point) -> None:
@@ -192,6 +206,7 @@ SCENES: dict[str, tuple[str, Callable[[Site, Point], None]]] = {
     "shards": ("sharded", shards),
     "shardrestore": ("shardled", shardrestore),
     "squash": ("led", squash),
+    "ranged": ("squashed", ranged),
     "ingest": ("opened", ingest),
     "base": ("empty", base),
     "whole": ("opened", whole),
