@@ -5,6 +5,7 @@ PYTHON ?=
 JOBS ?= auto
 POINTS ?= 510
 SEED ?= 1
+SEEDS ?= 200
 BROKER ?=
 KAFKA ?= 4.3.1
 
@@ -14,7 +15,7 @@ DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo kafka up down logs test containers lint format bench torture golden clean
+.PHONY: help demo kafka up down logs test containers lint format bench torture races golden clean
 
 # Docker's compose, or the older program of that name; both read COMPOSE_FILE, and docker/.env beside the first file.
 COMPOSE = $(shell docker compose version > /dev/null 2>&1 && echo docker compose || echo docker-compose)
@@ -45,7 +46,7 @@ down: ## end the containers; their data stays (VOLUMES=1 removes it)
 logs: ## follow what the containers log, until Ctrl-C
 	$(COMPOSE) logs --follow --tail 20
 
-test: $(DEV) ## the whole suite, on all cores (JOBS=2 for two)
+test: $(DEV) ## the whole suite, two processes a core (JOBS=2 for two in all)
 	$(BIN)/pytest -n $(JOBS) --maxprocesses 8
 
 containers: $(DEV) ## run the compose stack and kill what is in it (docker and compose, or root and Debian's docker.io)
@@ -62,6 +63,10 @@ bench: $(DEV) ## measure this machine: the figures of the README (minutes; QUICK
 
 torture: $(DEV) ## disturb real processes and brokers at POINTS=510 seeded fail points, SEED=1
 	$(BIN)/pytest tests/torture -m torture -n $(JOBS) --maxprocesses 8 --points $(POINTS) --seed $(SEED)
+	STATEFERRY_CRASH_SEEDS=20 $(BIN)/pytest tests/test_crash_model.py -n $(JOBS) --maxprocesses 8
+
+races: $(DEV) ## sweeps, publishers and restores on one object store, in 200 seeded orders (SEEDS=1000)
+	STATEFERRY_RACE_SEEDS=$(SEEDS) $(BIN)/pytest -n $(JOBS) tests/test_sweep_races.py
 
 golden: $(DEV) ## read the golden files of every format version (VERSION=v2 writes those of a new one first)
 	$(if $(VERSION),cd tests && $(abspath $(BIN))/python golden/make.py $(VERSION))

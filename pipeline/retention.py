@@ -78,7 +78,7 @@ def judge(snapshots: Iterable[Snapshot], rules: Rules, now_s: float) -> list[Ver
 def _judge_generation(snapshots: Sequence[Snapshot], rules: Rules, now_s: float) -> list[Verdict]:
     whole = [one for one in snapshots if one.manifest is not None and not one.lacks]
     newest = whole[-1] if whole else None
-    last = set(whole[-rules.last :]) if rules.last else set()
+    last = {one.name for one in whole[-rules.last :]} if rules.last else set()
     first_of_run: dict[int, Snapshot] = {}
     for one in whole:
         first_of_run.setdefault(one.name.height // rules.every if rules.every else 0, one)
@@ -93,7 +93,7 @@ def _judge_generation(snapshots: Sequence[Snapshot], rules: Rules, now_s: float)
                 window.append("no rule is set")
             if one is newest:
                 window.append("the newest of its generation")
-            if one in last:
+            if one.name in last:
                 window.append(f"among the last {rules.last}")
             if rules.days and now_s - one.modified_s <= rules.days * _DAY_S:
                 window.append(f"not older than {rules.days:g} days")
