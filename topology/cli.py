@@ -28,6 +28,7 @@ _COMMANDS = {
     "root": "topology.commands.store:root",
     "verify": "topology.commands.verify:verify",
     "compare": "topology.commands.compare:compare",
+    "trace": "topology.commands.trace:trace",
     "snapshot": "topology.commands.store:snapshot",
     "restore": "topology.commands.restore:restore",
     "frame": "topology.commands.frames:frames",
