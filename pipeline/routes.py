@@ -97,8 +97,10 @@ def find_route(
     height: int | None = None,
     *,
     histories: Mapping[bytes, History],
+    needs_snapshot: bool = False,
 ) -> Route:
     """The way to ``height`` (None: as far as the archive leads), all of one chain. ``histories``: of each generation.
+    ``needs_snapshot``: the archive alone will not do, where a snapshot leads there too.
 
     Raises NotFound, naming what is missing; ArchiveConflict if two snapshots of the height that it would start from
     have different roots.
@@ -114,7 +116,7 @@ def find_route(
             [one for one in ranges if one.name.generation == generation],
             histories[generation],
         )
-        route = routes.to(height)
+        route = routes.to(height, needs_snapshot=needs_snapshot)
         if route is not None:
             return route
         missing = missing or routes.missing(height)
@@ -161,10 +163,10 @@ class _Routes:
             for shard in range(history.shards)
         ]
 
-    def to(self, height: int | None) -> Route | None:
+    def to(self, height: int | None, *, needs_snapshot: bool) -> Route | None:
         """None: nothing leads there. An archive that begins above height 0 may begin above the first block too, so its
         empty state is the last thing to try."""
-        if self._begin == 0:
+        if self._begin == 0 and not needs_snapshot:
             return self._cheapest([*self._starts, *self._empty], height)
         return self._cheapest(self._starts, height) or self._cheapest(self._empty, height)
 

@@ -166,3 +166,15 @@ def test_stages_are_shown_under_their_row(capsys: pytest.CaptureFixture[str]) ->
     assert "0.50 us" in shown and "25%" in shown
     assert "1.50 us" in shown and "75%" in shown
     assert "a note" in shown
+
+
+def test_archive() -> None:
+    """Both ways lead to the same keys, by range diffs in fewer bytes; the parts of the archive add up."""
+    rows = bench_rows("archive", "--blocks", "150", "--changes", "40", "--keys", "300")
+
+    segments, ranges = rows["segments-40"]["bytes"], rows["ranges-40"]["bytes"]
+    assert rows["segments-and-ranges-40"]["bytes"] == segments + ranges
+    assert rows["restore-ranges-40"]["bytes"] < rows["replay-40"]["bytes"] == segments
+    assert rows["full-snapshots-40"]["bytes"] == pytest.approx(
+        2 * rows["full-snapshots-40"]["bytes_per_point"], rel=0.01
+    )

@@ -426,6 +426,9 @@ def test_routes_by_cost() -> None:
     assert found(4200, [snapshot(1, 4110)]) == (4110, [(4096, 4159), (4160, 4223)])
     assert found(4300, [snapshot(1, 4110)]) == (4110, [(4096, 4159), (4160, -4223), (4224, -4287), (4288, 4351)])
     assert found(4095, []) == (-1, [(0, -4095)])
+    signed = find_route([large], archive, levels, 8191, histories=HISTORIES, needs_snapshot=True)
+    assert shown(signed) == (8191, [])
+    assert found(8191, [large]) == (-1, [(0, -4095), (4096, -8191)])
     dear = ranges(*windows, size_bytes=900_000)
     assert found(200, [], levels=dear) == (-1, [(0, 63), (64, 127), (128, 191), (192, 255)])
 

@@ -10,6 +10,7 @@ import click
 
 from pipeline.shards import SHARDS_MAX
 from topology.bench import apply as apply_bench
+from topology.bench import archive as archive_bench
 from topology.bench import backlog as backlog_bench
 from topology.bench import loads, report
 from topology.bench import pipeline as pipeline_bench
@@ -168,3 +169,18 @@ def restore(sizes: tuple[int, ...], quick: bool, as_json: bool) -> None:
     """A restore from a snapshot, against replaying all frames and against copying files."""
     rows = restore_bench.run(sizes=sizes or ((20_000,) if quick else restore_bench.SIZES))
     report.show("bench restore", rows, as_json=as_json)
+
+
+@bench.command()
+@click.option("--blocks", type=click.IntRange(128), help="Blocks of the synthetic chain.", show_default="10000")
+@click.option("--changes", "sizes", type=click.IntRange(2), multiple=True, help="Changes a block.", show_default="500")
+@click.option("--keys", type=click.IntRange(0), default=0, show_default=True, help="Keys that are there before.")
+@_common
+def archive(blocks: int | None, sizes: tuple[int, ...], keys: int, quick: bool, as_json: bool) -> None:
+    """Bytes that keep every height, against a full snapshot each 64 blocks; restores by range diffs against replays."""
+    rows = archive_bench.run(
+        blocks=blocks or (200 if quick else archive_bench.BLOCKS),
+        sizes=sizes or ((100,) if quick else (archive_bench.CHANGES,)),
+        keys=keys,
+    )
+    report.show("bench archive", rows, as_json=as_json)
