@@ -27,7 +27,7 @@ FRAME_S_PER_BYTE = 135e-9
 FRAME_S = 0.0004
 PROVE_S = 0.3
 PROVE_S_PER_KEY = 1.5e-6
-"""Rates of a restore, measured on a core of an EPYC with the object store in a local folder: 290 frames of 2,000 changes,
+"""Rates of a restore, measured on a core of an EPYC with the objects in a local folder: 290 frames of 2,000 changes,
 47.9 MB, took 6.8 s, the range diffs of 256 of those blocks, 12.8 MB, 1.8 s (`stateferry bench archive`); snapshots and
 proofs by `bench restore`. A bucket far away has slower requests; what is applied costs the same, and decides."""
 _BYTES_PER_KEY = 60
