@@ -91,6 +91,7 @@ class Application:
         self._agent(self._diffs, "replicator", replicator.make_agent(shard_set))
         if shard_set.role is Role.PRIMARY:
             self._agent(self._events, "applier", applier.make_agent(shard_set))
+            self._see_events_come()
         if is_shared:
             self._agent(self._topic(generation.blocks_topic), "splitter", make_splitter(shard_set))
 
@@ -99,6 +100,20 @@ class Application:
 
     def _topic(self, name: str) -> Any:
         return self.app.topic(self._prefix + name, value_type=bytes, value_serializer="raw", key_serializer="raw")
+
+    def _see_events_come(self) -> None:
+        """Records are seen when they are put into the applier's buffer, before it comes to them."""
+        deliver, events_topic = self.app.topics.on_message, self._events.get_topic_name()
+
+        async def on_message(message: Any) -> None:
+            if message.topic == events_topic:
+                try:
+                    self.shard_set.event_comes(message.partition, message.value)
+                except Exception as error:
+                    self.shard_set.fail(error)
+            await deliver(message)
+
+        self.app.topics.on_message = on_message
 
     def produce(self, shard: int) -> Produce:
         """What appends to a shard's frames."""

@@ -12,6 +12,7 @@ renewing/     what will be the store, of the generation that followed (see `rene
               worker restores beside its other shards (see `restoring`)
 squashing/    what range diffs are made of; in a shard's folder, where there are several
 audits/       the last result of each level of `stateferry verify`
+prefetching/  what a primary's processes read ahead on; in a shard's folder, where there are several
 auditing/     what such an audit needs while it runs
 left-generations/    stores of generations that have ended
 log.sqlite    the embedded log, where no other broker is named

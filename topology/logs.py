@@ -25,6 +25,7 @@ EVENTS: Final[dict[str, str]] = {
     "shards_owned": "shards, of",
     "shard_restored": "shard, height, seconds",  # beside the others, from the object store
     "shard_not_restored": "shard, error, message",  # its frames are followed instead
+    "prefetch_started": "bytes, processes",  # the state has outgrown memory
     "epoch_claimed": "epoch, writer",
     "epoch_lost": "epoch, writer",  # of who won
     "group_committed": "height, seq, blocks, changes, bytes",

@@ -61,6 +61,9 @@ class Settings(BaseSettings):
     """Frames read back and not yet written, with what they change: written at the latest when there are this many."""
     ahead_bytes_max: int = Field(default=24 << 20, ge=1 << 16)
     """Blocks computed and not yet read back: the applier waits above this."""
+    prefetch_above_bytes: int | None = Field(default=None, ge=0)
+    """A primary whose state has so many bytes in files reads ahead, in processes beside it, what the next blocks spend.
+    None: half of this machine's memory."""
     session_timeout_s: float = Field(default=10.0, ge=1, le=300)
     """A worker that the broker has not heard of for so long is dead: its partitions go to others. Brokers may allow no
     less than 6 s (`group.min.session.timeout.ms`)."""

@@ -20,12 +20,13 @@ from pipeline.position import Meta
 from pipeline.replica import Step
 from pipeline.shards import join_metas, stand_together
 from pipeline.verify import Proof
-from topology import logs
+from topology import logs, prefetching
 from topology.anchors import Anchoring
 from topology.data_dir import DataDir
 from topology.ending import Ending
 from topology.lead import Produce, State
 from topology.node import Node, Role
+from topology.prefetching import Prefetching
 from topology.restoring import Restoring, lacks, newest_resumes
 from topology.sealing import Sealing
 from topology.settings import Settings
@@ -67,6 +68,7 @@ class ShardSet:
         self._proving: Callable[[Node], Awaitable[None]] | None = None
         # Shards are for workers that each fill a core; one shard alone would leave the others idle.
         self._sealing = Sealing(beside=len(openings) == 1 and (os.cpu_count() or 1) > 1)
+        self._prefetching: list[Prefetching] = []  # of a primary, by shard
         self.nodes = [
             Node(
                 settings=settings,
@@ -99,11 +101,27 @@ class ShardSet:
         `Node.open` raises; what was opened then is to be closed."""
         for node in self.nodes:
             node.open(produce(node.shard), self._sealing)
+        if self.role is Role.PRIMARY:
+            self._prefetching = [self._prefetching_of(node) for node in self.nodes]
         if self.anchoring is not None:
             self.splitting = Splitting(broker=self.broker, generation=self.generation, produce=split)
             for node in self.nodes:
                 node.on_commit.append(self._anchor(node, self.anchoring))
                 node.on_lead.append(self._anchor_first(node, self.anchoring))
+
+    def _prefetching_of(self, node: Node) -> Prefetching:
+        above_bytes = self.settings.prefetch_above_bytes
+        return Prefetching(
+            lambda: node.store,
+            node.data_dir.path / prefetching.FOLDER,
+            prefetching.memory_share_bytes() if above_bytes is None else above_bytes,
+        )
+
+    def event_comes(self, shard: int, record: bytes) -> None:
+        """A record of events waits for the applier."""
+        node = self.nodes[shard]
+        if node.is_owned and not node.is_restoring:
+            self._prefetching[shard].comes(record)
 
     def _anchor(self, node: Node, anchoring: Anchoring) -> Callable[[list[Step]], None]:
         def say(steps: list[Step]) -> None:
@@ -118,6 +136,8 @@ class ShardSet:
 
     def close(self) -> None:
         self._sealing.close()
+        for one in self._prefetching:
+            one.close()
         for node in self.nodes:
             node.close()
 

@@ -164,6 +164,12 @@ class RocksStore:
             block_cache_bytes=self._cache.get_usage(),
         )
 
+    def file_bytes(self) -> int:
+        """What the files of the state hold; what is only in memory and the write-ahead log does not count."""
+        with named_errors(self.path):
+            size: int = self._state.property_int_value("rocksdb.total-sst-files-size") or 0
+        return size
+
     def get(self, storage_keys: list[bytes]) -> list[bytes | None]:
         with named_errors(self.path):
             stored: list[bytes | None] = self._state.get(storage_keys)

@@ -12,6 +12,7 @@ from pipeline.shards import SHARDS_MAX
 from topology.bench import apply as apply_bench
 from topology.bench import archive as archive_bench
 from topology.bench import backlog as backlog_bench
+from topology.bench import large as large_bench
 from topology.bench import loads, report
 from topology.bench import pipeline as pipeline_bench
 from topology.bench import reads as reads_bench
@@ -62,10 +63,22 @@ def bench() -> None:
     help="Changes a block of a synthetic row; may be repeated.",
     show_default="2000, 5000, 14000",
 )
+@click.option(
+    "--keys",
+    type=click.IntRange(large_bench.KEYS_MIN),
+    multiple=True,
+    help="Instead: blocks of 5,000 changes where so many keys live, files warm and cold; may be repeated.",
+)
 @_data
 @_common
-def apply(blocks: int | None, sizes: tuple[int, ...], data: Path, quick: bool, as_json: bool) -> None:
+def apply(
+    blocks: int | None, sizes: tuple[int, ...], keys: tuple[int, ...], data: Path, quick: bool, as_json: bool
+) -> None:
     """A primary's work on a block, against a bare write of the same changes."""
+    if keys:
+        rows = large_bench.run(keys, turns=1 if quick else large_bench.TURNS)
+        report.show("bench apply --keys", rows, as_json=as_json, notes=[])
+        return
     rows = apply_bench.run(
         blocks=blocks or (10 if quick else apply_bench.BLOCKS),
         sizes=sizes or ((2_000,) if quick else apply_bench.SIZES),
