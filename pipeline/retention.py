@@ -18,6 +18,7 @@ from typing import NamedTuple
 from pipeline.archive import parse_segment_name
 from pipeline.leases import Names
 from pipeline.objects import ObjectInfo
+from pipeline.range_names import parse_piece_name
 from pipeline.snapshot import MANIFEST_FILE, Manifest, ManifestName, parse_manifest_name
 
 _DAY_S = 86_400.0
@@ -149,7 +150,8 @@ def doomed(
 def _archived_below(infos: Iterable[ObjectInfo], verdicts: Sequence[Verdict], protected: Names) -> Iterator[Doomed]:
     starts = {one.snapshot.name.generation: window_start(verdicts, one.snapshot.name.generation) for one in verdicts}
     for info in infos:
-        segment = parse_segment_name(info.name)
-        start = None if segment is None else starts.get(segment.generation)
-        if segment is not None and start is not None and segment.last <= start and info.name not in protected:
+        segment, piece = parse_segment_name(info.name), parse_piece_name(info.name)
+        found = segment or (piece and piece.of)
+        start = None if found is None else starts.get(found.generation)
+        if found is not None and start is not None and found.last <= start and info.name not in protected:
             yield Doomed(info.name, info.size_bytes, f"every height promised is above {start}")

@@ -23,7 +23,7 @@ _WAIT_S = 120.0
 
 @dataclass(slots=True, eq=False)
 class Actor:
-    """``clock_off_s``: what its clock on the wall is off by. ``dies_at``: the request at which it is killed; 0: none."""
+    """``clock_off_s``: of its clock on the wall. ``dies_at``: the request at which it is killed; 0: none."""
 
     name: str
     clock_off_s: float = 0.0

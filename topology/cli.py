@@ -31,6 +31,8 @@ _COMMANDS = {
     "trace": "topology.commands.trace:trace",
     "snapshot": "topology.commands.store:snapshot",
     "restore": "topology.commands.restore:restore",
+    "gc": "topology.commands.retention:gc",
+    "prove-restorable": "topology.commands.retention:prove_restorable",
     "frame": "topology.commands.frames:frames",
     "archive": "topology.commands.archive:archive_group",
     "quarantine": "topology.commands.quarantine:quarantine",

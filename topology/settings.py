@@ -54,9 +54,23 @@ class Settings(BaseSettings):
     """Chain id; empty: the one that the data directory or the broker has, else `bitcoin`."""
     finality: int | None = Field(default=None, ge=0, le=100_000)
     """Blocks below the highest tip that can be undone; fixed by the first primary of a generation (100)."""
+    sign_key_file: Path | None = None
+    """An Ed25519 private key in PEM, with which published snapshots are signed; None: they are not."""
+    require_signature: str = ""
+    """The public key, in hex or the path of a PEM file, that must have signed whatever snapshot a state is restored
+    from; empty: none is asked for."""
     serve: Literal["proven", "claimed"] = "proven"
     """Whether reads are answered from a state that this node has not proven yet."""
     codec: Literal["zstd", "snappy", "none"] = "zstd"
+    keep_last: int = Field(default=0, ge=0)
+    """Of each generation, `gc` keeps so many of the newest snapshots. Rules add up; without any, all are kept: nobody
+    loses a restore point without having said so. 0: no such rule."""
+    keep_days: float = Field(default=0, ge=0)
+    """Those put within so many days, by the object store's clock."""
+    keep_heights: list[int] = []
+    """Those of these heights."""
+    keep_every: int = Field(default=0, ge=0)
+    """One, the lowest, of each run of so many blocks."""
     group_bytes_max: int = Field(default=16 << 20, ge=1 << 16)
     """Frames read back and not yet written, with what they change: written at the latest when there are this many."""
     ahead_bytes_max: int = Field(default=24 << 20, ge=1 << 16)

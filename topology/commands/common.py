@@ -15,6 +15,7 @@ import click
 from rich.console import Console
 
 from pipeline.errors import NotFound
+from pipeline.retention import Rules
 from pipeline.shards import stand_together
 from pipeline.stores.rocksdb import RocksStore
 from topology import control, logs, settings, topics, views
@@ -53,7 +54,7 @@ def common_options(command: Command) -> Command:
     def wrapped(*args: Any, verbose: bool, **kwargs: Any) -> Any:
         logs.configure(verbose=verbose)
         given = {name: kwargs.pop(name, None) for name in ("broker", "topic_prefix", "data_dir", "objects", "chain")}
-        extra = {name: kwargs.pop(name) for name in ("finality", "serve") if name in kwargs}
+        extra = {name: kwargs.pop(name) for name in _EXTRA if name in kwargs}
         return command(*args, settings=settings.load(**given, **extra), **kwargs)
 
     for option in reversed(_OPTIONS):
@@ -61,8 +62,47 @@ def common_options(command: Command) -> Command:
     return wrapped  # type: ignore[return-value]
 
 
+_EXTRA = (
+    *("finality", "serve", "require_signature"),
+    *("keep_last", "keep_days", "keep_heights", "keep_every"),
+)
+"""Settings that are options of some commands only."""
+
+
+def rules_options(command: Command) -> Command:
+    """The options of every command that must know what is kept."""
+    for option in (
+        click.option("--keep-every", type=click.IntRange(0), metavar="N", help="One of each run of N blocks."),
+        click.option(
+            "--keep-height",
+            "keep_heights",
+            type=int,
+            multiple=True,
+            callback=lambda *given: list(given[2]) or None,
+            help="Those of this height; may be given again.",
+        ),
+        click.option("--keep-days", type=click.FloatRange(0), metavar="DAYS", help="Those put within so many days."),
+        click.option("--keep-last", type=click.IntRange(0), metavar="N", help="The newest N of each generation."),
+    ):
+        command = option(command)
+    return command
+
+
+def rules_of(given: Settings) -> Rules:
+    return Rules(
+        last=given.keep_last, days=given.keep_days, heights=frozenset(given.keep_heights), every=given.keep_every
+    )
+
+
 serve_option = click.option(
     "--serve", type=click.Choice(["proven", "claimed"]), help="Answer from a state not proven yet. [default: proven]"
+)
+
+
+signature_option = click.option(
+    "--require-signature",
+    metavar="PUBKEY",
+    help="Restore from no snapshot but those that this Ed25519 key signed: in hex, or a PEM file. [default: any]",
 )
 
 
