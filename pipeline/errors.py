@@ -33,6 +33,8 @@
     │   ├── RangeCorrupt                   a range diff of the archive, or what it is to be made of
     │   ├── PartCorrupt                    a snapshot part
     │   ├── ManifestCorrupt                a manifest
+    │   ├── SignatureMissing               a manifest that is not signed, and has to be
+    │   ├── SignatureWrong                 a manifest that another one signed, or nobody
     │   ├── LeaseCorrupt                   an intent, a pin or a mark
     │   ├── StoreCorrupt                   a store's own records
     │   └── LogCorrupt                     the embedded log's file
@@ -221,6 +223,14 @@ class PartCorrupt(CorruptInput):
 
 
 class ManifestCorrupt(CorruptInput):
+    pass
+
+
+class SignatureMissing(CorruptInput):
+    pass
+
+
+class SignatureWrong(CorruptInput):
     pass
 
 

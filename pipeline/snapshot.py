@@ -27,6 +27,7 @@ fields:
     resume              the `Meta` from which to go on, encoded as stores encode it: seq, frame id, epochs, and of both
                         topics the next offset with the digest of the record before it. With several shards it is
                         `resumes`, one for each in their order
+    signature, signer   optional, beside the digest (`pipeline.signature`): of it, and the public key
     vectors             by table name
 """
 
@@ -34,23 +35,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from pipeline.archive import resume_record
-from pipeline.canonical import sealed, unsealed
+from pipeline.canonical import digest_of, sealed, unsealed
 from pipeline.diff import Vectors
 from pipeline.errors import AuditFailed, ManifestCorrupt, StoreCorrupt, Unsupported, UsageError
 from pipeline.generation import Generation
 from pipeline.parts import Part, sum_parts
 from pipeline.position import Meta, Tip, decode_meta, encode_meta
 from pipeline.shards import check_shards, groups_of, join_tips, shard_of, stand_together
+from pipeline.signature import SIGNATURE_BYTES, Signature, SigningKey
 from pipeline.state import SCHEMAS, SCHEMAS_BY_NAME, schema_of_storage_key
 from pipeline.verify import check_audit
 
 FORMAT_VERSION = 2
 """The newest that this build reads. It writes the lowest one that says what there is to say."""
 MANIFEST_FILE = "manifest.json"
+_BESIDE = ("signature", "signer")
 
 _NAME = re.compile(r"(.+)/([0-9a-f]{32})/snapshots/(\d{12,})-([0-9a-f]{16})/manifest\.json")
 _PART_NAME = re.compile(r"part-\d{5,}-([0-9a-f]{16})\.sst")
@@ -65,6 +68,7 @@ class Manifest:
 
     resumes: tuple[Meta, ...]
     parts: tuple[Part, ...]
+    signature: Signature | None = None
 
     @property
     def chain_id(self) -> str:
@@ -108,6 +112,11 @@ class Manifest:
     @property
     def size_bytes(self) -> int:
         return sum(part.size_bytes for part in self.parts)
+
+    @property
+    def digest(self) -> bytes:
+        """The same, signed or not."""
+        return digest_of(_fields(self))
 
     @property
     def folder(self) -> str:
@@ -174,12 +183,17 @@ def base_resume(generation: Generation, shard: int, vectors: Vectors, counts: Ma
     )
 
 
-def make_manifest(parts: Sequence[Part], resumes: Sequence[Meta]) -> Manifest:
-    """The manifest of parts that were just written. Raises AuditFailed unless those of each shard sum up to its
-    position."""
+def make_manifest(parts: Sequence[Part], resumes: Sequence[Meta], key: SigningKey | None = None) -> Manifest:
+    """The manifest of parts that were just written; ``key``: to sign it with. Raises AuditFailed unless those of each
+    shard sum up to its position."""
     for resume in resumes:
         check_audit(sum_parts(parts_of(parts, resume.shard, resume.shards)), resume.tip)
-    return Manifest(resumes=tuple(map(resume_record, resumes)), parts=tuple(parts))
+    return signed(Manifest(resumes=tuple(map(resume_record, resumes)), parts=tuple(parts)), key)
+
+
+def signed(manifest: Manifest, key: SigningKey | None) -> Manifest:
+    """The manifest with a signature of its own; None: without any."""
+    return replace(manifest, signature=None if key is None else key.sign(manifest.digest))
 
 
 # Manifests
@@ -187,14 +201,16 @@ def make_manifest(parts: Sequence[Part], resumes: Sequence[Meta]) -> Manifest:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Canonical JSON, its digest inside."""
-    return sealed(_fields(manifest))
+    signature = manifest.signature
+    beside = {"signature": signature.value.hex(), "signer": signature.signer.hex()} if signature else {}
+    return sealed(_fields(manifest), beside)
 
 
 def decode_manifest(data: bytes) -> Manifest:
-    """The inverse of `encode_manifest`. Raises ManifestCorrupt (any other byte, parts out of order, partials that do
-    not sum up) and Unsupported."""
+    """The inverse of `encode_manifest`; a signature is read and not checked. Raises ManifestCorrupt (any other byte,
+    parts out of order, partials that do not sum up) and Unsupported."""
     try:
-        fields = unsealed(data)
+        fields = unsealed(data, _BESIDE)
     except ValueError as error:
         raise ManifestCorrupt(f"a manifest cannot be read: {error}") from error
     minimum = fields.get("minimum_reader")
@@ -208,6 +224,7 @@ def decode_manifest(data: bytes) -> Manifest:
         manifest = Manifest(
             resumes=tuple(decode_meta(bytes.fromhex(resume)) for resume in resumes),
             parts=tuple(map(_part, fields["parts"])),
+            signature=_signature(fields),
         )
         _check_resumes(manifest.resumes)
         same = _fields(manifest) == fields
@@ -217,6 +234,17 @@ def decode_manifest(data: bytes) -> Manifest:
         raise ManifestCorrupt("the fields of a manifest do not agree with each other")
     _check(manifest)
     return manifest
+
+
+def _signature(fields: dict[str, Any]) -> Signature | None:
+    """Takes the fields beside the digest out."""
+    value, signer = (fields.pop(name, None) for name in _BESIDE)
+    if value is None and signer is None:
+        return None
+    found = Signature(bytes.fromhex(signer), bytes.fromhex(value))
+    if (found.signer.hex(), found.value.hex()) != (signer, value) or len(found.value) != SIGNATURE_BYTES:
+        raise ValueError("a signature that cannot be one")
+    return found
 
 
 def _fields(manifest: Manifest) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from pipeline.generation import Generation, decode_end, decode_generation, decod
 from pipeline.position import LogMark, Meta, decode_meta
 from pipeline.ranges import Piece
 from pipeline.segment_index import SegmentIndex
+from pipeline.signature import check_signature
 from pipeline.snapshot import decode_manifest, encode_manifest
 from pipeline.state import UTXO, Change
 from pipeline.verify import audit, check_audit
@@ -55,6 +56,7 @@ DIGESTS = {
     "journal_entry": "1b1e52944fbbcc30",
     "manifest": "62d2d45012461ac5",
     "manifest_of_shards": "0e1e00808c526f48",
+    "manifest_signed": "f67e3cb5ab6bb68c",
     "meta": "f22ed1b706b82951",
     "range": "61547630242eb141",
     "segment": "cd7c17ff0976875e",
@@ -309,6 +311,21 @@ def test_manifests(name: str, shards: int) -> None:
     assert (manifest.tip.ref, manifest.tip.seq, first.walk) == (BlockRef(9, b"9" * 32), 11, 12)
     assert (last.shard, last.shards, last.epoch, last.diffs.next_offset) == (shards - 1, shards, shards, 19 + shards)
     assert encode_manifest(manifest) == golden(name)
+
+
+def test_signed_manifest() -> None:
+    """The same manifest under the same name, with a signature that is right, beside the digest."""
+    manifest, bare = decode_manifest(golden("manifest_signed")), decode_manifest(golden("manifest"))
+
+    assert (manifest.name, manifest.digest) == (bare.name, bare.digest)
+    assert replace(manifest, signature=None) == bare
+    check_signature(
+        manifest.signature,
+        manifest.digest,
+        bytes.fromhex("03a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b8"),
+        "golden",
+    )
+    assert encode_manifest(manifest) == golden("manifest_signed")
 
 
 def test_meta_and_stored_entries() -> None:

@@ -24,6 +24,7 @@ from topology.data_dir import DataDir
 from topology.lag import Stand
 from topology.lead import State
 from topology.node import Node, Role
+from topology.settings import Settings
 from topology.shard_set import ShardSet
 from topology.transports.base import Broker
 
@@ -143,11 +144,13 @@ async def verify(stores: Sequence[tuple[RocksStore, DataDir]]) -> dict[str, Any]
 
 
 async def snapshot(
-    stores: Sequence[RocksStore], data_dir: DataDir, objects_url: str, height: int | None
+    stores: Sequence[RocksStore], data_dir: DataDir, settings: Settings, height: int | None
 ) -> dict[str, Any]:
     """Publish a snapshot of all shards, as a document."""
     started_s = time.monotonic()
-    manifest = await snapshotter.snapshot_in_process(stores, data_dir.path, objects_url, height=height)
+    manifest = await snapshotter.snapshot_in_process(
+        stores, data_dir.path, settings.objects_url, height=height, sign_key_file=settings.sign_key_file
+    )
     document = {
         "chain": manifest.chain_id,
         "generation": manifest.generation.hex(),
@@ -159,6 +162,7 @@ async def snapshot(
         "parts": len(manifest.parts),
         "bytes": manifest.size_bytes,
         "manifest": manifest.name,
+        "signer": None if manifest.signature is None else manifest.signature.signer.hex(),
         "seconds": round(time.monotonic() - started_s, 3),
     }
     log.info(

@@ -17,7 +17,8 @@ from pipeline.objects import AlreadyThere, ObjectStore
 from pipeline.parts import PART_RAW_BYTES_MAX, sum_parts
 from pipeline.plans import newest_names
 from pipeline.shards import groups_of
-from pipeline.snapshot import Manifest, base_resume, encode_manifest, parse_manifest_name, parts_of
+from pipeline.signature import SigningKey
+from pipeline.snapshot import Manifest, base_resume, encode_manifest, parse_manifest_name, parts_of, signed
 from pipeline.state import KEY_GROUPS, UTXO, Schema
 from pipeline.stores.base import Batch
 from pipeline.stores.rocksdb import RocksStore
@@ -65,6 +66,7 @@ def publish_base(
     coins: Iterable[tuple[bytes, bytes]],
     *,
     schema: Schema = UTXO,
+    key: SigningKey | None = None,
     report: Report = no_report,
     part_raw_bytes_max: int = PART_RAW_BYTES_MAX,
 ) -> Manifest:
@@ -90,7 +92,7 @@ def publish_base(
             found = sum_parts(parts_of(parts, shard, generation.shards))
             counts = EMPTY_COUNTS | {schema.table_id: found.keys}
             resumes.append(base_resume(generation, shard, found.vectors, counts, finality))
-        return publish(objects, written, resumes, report)
+        return publish(objects, written, resumes, report, key=key)
 
 
 def _before_group(group: int) -> bytes:
@@ -117,13 +119,15 @@ def _import(
             report("keys sorted", keys, 0)
 
 
-def republish(objects: ObjectStore, manifest: Manifest, generation: Generation) -> Manifest:
+def republish(
+    objects: ObjectStore, manifest: Manifest, generation: Generation, key: SigningKey | None = None
+) -> Manifest:
     """The same state as the base of another generation: parts copied under its name, then a manifest of its own, so
     that either generation can be deleted without the other."""
     resumes = [
         base_resume(generation, one.shard, one.tip.vectors, one.tip.counts, one.finality) for one in manifest.resumes
     ]
-    copy = Manifest(resumes=tuple(resumes), parts=manifest.parts)
+    copy = signed(Manifest(resumes=tuple(resumes), parts=manifest.parts), key)
     with tempfile.TemporaryDirectory() as scratch:
         for part in manifest.parts:
             path = Path(scratch) / part.name
@@ -135,11 +139,13 @@ def republish(objects: ObjectStore, manifest: Manifest, generation: Generation) 
     return copy
 
 
-def fill(objects: ObjectStore, data_dir: Path, generation: Generation) -> None:
-    """An empty data directory of a generation that has a base state gets it, as claimed. Raises what
-    `restorer.restore` raises, WrongChain."""
+def fill(objects: ObjectStore, data_dir: Path, generation: Generation, signer: bytes | None = None) -> None:
+    """An empty data directory of a generation that has a base state gets it, as claimed. ``signer``: as of a `Request`.
+    Raises what `restorer.restore` raises, WrongChain."""
     assert generation.base is not None
-    request = Request(chain=generation.chain_id, generation=generation.generation, height=generation.base.height)
+    request = Request(
+        chain=generation.chain_id, generation=generation.generation, height=generation.base.height, signer=signer
+    )
     restored = restorer.restore(objects, data_dir, request, claimed=True)
     tip = restored.meta.tip
     if (restored.meta.generation, tip.ref, tip.root) != (

@@ -16,7 +16,7 @@ from pipeline.generation import Generation
 from pipeline.objects import ObjectStore
 from pipeline.objects.files import sync
 from pipeline.position import Meta
-from topology import logs, restorer
+from topology import building, logs, restorer
 from topology.data_dir import DataDir
 from topology.restore_plans import Request
 
@@ -46,8 +46,15 @@ def replace_store(shard: DataDir) -> None:
     shutil.rmtree(aside)
 
 
-def renew(objects: ObjectStore, data_dir: DataDir, history: Sequence[Generation], why: GenerationEnded) -> None:
+def renew(
+    objects: ObjectStore,
+    data_dir: DataDir,
+    history: Sequence[Generation],
+    why: GenerationEnded,
+    signer: bytes | None = None,
+) -> None:
     """The newest state of the last generation of ``history``, claimed, in the place of the store that is here.
+    ``signer``: as of a `Request`.
 
     Raises ``why`` if the store is of no earlier generation of this history, or if the object store has nothing of the
     last one; what the restore raises. Then the old store is as it was.
@@ -63,7 +70,7 @@ def renew(objects: ObjectStore, data_dir: DataDir, history: Sequence[Generation]
     if found is None:
         renewed.create()
         try:
-            request = Request(chain=wanted.chain_id, generation=wanted.generation)
+            request = Request(chain=wanted.chain_id, generation=wanted.generation, signer=signer)
             found = restorer.restore(objects, renewed.path, request, claimed=True).metas[0]
         except NotFound as error:
             why.way_out = f"{error.what}: name the object store that has it, --objects; or {why.way_out}"
@@ -87,7 +94,7 @@ def renew(objects: ObjectStore, data_dir: DataDir, history: Sequence[Generation]
 def _first_meta(data_dir: DataDir) -> Meta | None:
     """Of the store here, or of the first shard's."""
     dirs = data_dir.shard_dirs
-    return restorer.held_meta(dirs[0].store_path) if dirs else None
+    return building.held_meta(dirs[0].store_path) if dirs else None
 
 
 def _take_place(renewed: DataDir, data_dir: DataDir) -> None:

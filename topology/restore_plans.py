@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.archive import parse_segment_name
-from pipeline.errors import ManifestCorrupt, ObjectMissing, UsageError
+from pipeline.errors import ManifestCorrupt, ObjectMissing, SignatureMissing, UsageError
 from pipeline.objects import ObjectStore
 from pipeline.objects.files import written_whole
 from pipeline.plans import RestorePlan, SegmentObject, SnapshotObject, newest_names
 from pipeline.range_names import PieceName, RangeName, parse_piece_name, whole_ranges
 from pipeline.routes import History, find_route
+from pipeline.signature import check_signature
 from pipeline.snapshot import Manifest, ManifestName, decode_manifest, parse_manifest_name
 from topology.fetching import open_segment
 
@@ -29,15 +30,18 @@ _LISTINGS_MAX = 8
 
 class Request(NamedTuple):
     """What a restore was asked for. ``chain`` None: the only one there is. ``generation`` None: the newest that leads
-    to ``height``; ``height`` None: as far as it leads. ``shard`` None: all of them."""
+    to ``height``; ``height`` None: as far as it leads. ``shard`` None: all of them. ``signer``: the public key that
+    must have signed the snapshot that it begins with; None: nobody needs to have."""
 
     chain: str | None = None
     generation: bytes | None = None
     height: int | None = None
     shard: int | None = None
+    signer: bytes | None = None
 
     def fields(self) -> list[Any]:
-        return [self.chain, self.generation and self.generation.hex(), self.height, self.shard]
+        generation, signer = (one and one.hex() for one in (self.generation, self.signer))
+        return [self.chain, generation, self.height, self.shard, signer]
 
 
 class _Listing:
@@ -81,7 +85,8 @@ def plan_restore(
     """What a restore would fetch; reads names, and one manifest of each generation, or its first segment. If a sweep
     took one of them since they were listed, it lists again. ``refused``: range diffs that are not to be used.
 
-    Raises NotFound, UsageError (several chains), ManifestCorrupt, SegmentCorrupt, Unsupported, ArchiveConflict.
+    Raises NotFound, UsageError (several chains), ManifestCorrupt, SegmentCorrupt, Unsupported, ArchiveConflict,
+    SignatureMissing, SignatureWrong.
     """
     for _ in range(_LISTINGS_MAX - 1):
         with suppress(ObjectMissing):
@@ -99,9 +104,17 @@ def _plan_listed(objects: ObjectStore, request: Request, refused: Collection[Ran
             resume = open_segment(objects.get(str(segment)), segment).resume
             histories[segment.generation] = History(resume.generation_number, resume.shards)
     ranges = [one for one in listing.ranges if one.name.generation in histories]
-    route = find_route(listing.snapshots, listing.segments, ranges, request.height, histories=histories)
+    route = find_route(
+        listing.snapshots,
+        listing.segments,
+        ranges,
+        request.height,
+        histories=histories,
+        needs_snapshot=request.signer is not None,
+    )
     name = route.snapshot
     manifest = None if name is None else read.get(name) or read_manifest(objects, str(name))
+    _check_signer(manifest, request)
     planned = RestorePlan(
         chain_id=(listing.segments or listing.snapshots)[0].name.chain_id,
         generation=route.generation,
@@ -119,6 +132,17 @@ def _plan_listed(objects: ObjectStore, request: Request, refused: Collection[Ran
         ranges=tuple(one for one in route.ranges if one.name.shard == request.shard),
         only=request.shard,
     )
+
+
+def _check_signer(manifest: Manifest | None, request: Request) -> None:
+    """Raises SignatureMissing, SignatureWrong."""
+    if manifest is not None:
+        check_signature(manifest.signature, manifest.digest, request.signer, manifest.name)
+    elif request.signer is not None:
+        raise SignatureMissing(
+            f"the archive alone leads there, and is not signed; {request.signer.hex()} is required",
+            way_out="restore a height above a signed snapshot",
+        )
 
 
 def read_manifest(objects: ObjectStore, name: str) -> Manifest:
@@ -180,6 +204,7 @@ def written_plan(folder: Path, request: Request) -> RestorePlan | None:
     manifest = None
     if held["manifest"]:
         manifest = _named_manifest((folder / _MANIFEST_FILE).read_bytes(), held["manifest"])
+    _check_signer(manifest, request)
     names = [(parse_segment_name(name), size) for name, size in held["segments"]]
     pieces = [(parse_piece_name(name), size) for name, size in held.get("ranges", [])]
     return RestorePlan(

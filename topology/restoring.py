@@ -20,6 +20,7 @@ from pipeline.position import Meta
 from topology import base_state, children, logs, renewal, topics
 from topology.data_dir import DataDir
 from topology.node import Node
+from topology.signing import required_signer
 
 log = logs.get()
 
@@ -105,7 +106,9 @@ class Restoring:
 
     def _arguments(self, renewed: DataDir) -> list[str]:
         node = self._node
+        signer = required_signer(node.settings)
         return [
+            *(() if signer is None else ("--signer", signer.hex())),
             *("--objects", node.settings.objects_url, "--data-dir", str(renewed.path)),
             *("--chain", node.generation.chain_id, "--generation", node.generation.generation.hex()),
             *("--shard", str(node.shard)),

@@ -24,11 +24,12 @@ from pipeline.leases import Kind
 from pipeline.meeting import meeting_height, own_final
 from pipeline.objects import AlreadyThere, ObjectStore, open_objects
 from pipeline.parts import PART_RAW_BYTES_MAX, WrittenPart, write_parts
+from pipeline.plans import SegmentObject, lead
 from pipeline.position import Meta, decode_meta
 from pipeline.replica import Replica
-from pipeline.plans import SegmentObject, lead
 from pipeline.restore import Replay
 from pipeline.shards import check_all_here, join_metas
+from pipeline.signature import SigningKey
 from pipeline.snapshot import (
     MANIFEST_FILE,
     Manifest,
@@ -43,6 +44,7 @@ from topology import children
 from topology.children import Report, no_report
 from topology.fetching import open_segment
 from topology.holding import CLOCK, Clock, held, wait_for_sweeps
+from topology.signing import signing_key
 
 SCRATCH_FOLDER = "snapshotting"
 _COPY = "copy"
@@ -59,9 +61,11 @@ async def snapshot_in_process(
     objects_url: str,
     *,
     height: int | None = None,
+    sign_key_file: Path | None = None,
     report: Report = no_report,
 ) -> Manifest:
-    """Snapshot open stores, one a shard, which go on meanwhile, in another process. Raises as `take_snapshot` does.
+    """Snapshot open stores, one a shard, which go on meanwhile, in another process. Raises as `take_snapshot` does, and
+    SecretUnusable.
 
     Cancelled, it ends that process and leaves nothing behind.
     """
@@ -76,6 +80,8 @@ async def snapshot_in_process(
             failpoints.hit("snapshot.checkpointed")
             if height is not None:
                 arguments += ["--height", str(height)]
+            if sign_key_file is not None:
+                arguments += ["--sign-key-file", str(sign_key_file)]
             name = await children.run(__spec__.name, arguments, report)
     return decode_manifest(open_objects(objects_url).get(name))
 
@@ -86,15 +92,16 @@ def take_snapshot(
     objects: ObjectStore,
     *,
     height: int | None = None,
+    key: SigningKey | None = None,
     report: Report = no_report,
     part_raw_bytes_max: int = PART_RAW_BYTES_MAX,
     clock: Clock = CLOCK,
 ) -> Manifest:
     """Snapshot copies of stores, one a shard, which are used up by it. ``height``: None for the highest that all can be
-    brought to; else one that they still reach.
+    brought to; else one that they still reach. ``key``: to sign it with.
 
-    A snapshot of the same height and root that exists is returned as it is. Raises UsageError (no such final height),
-    NotFound (not all shards are there), AuditFailed (nothing is published then), DiskFull.
+    A snapshot of the same height and root that exists is returned as it is, signed or not. Raises UsageError (no such
+    final height), NotFound (not all shards are there), AuditFailed (nothing is published then), DiskFull.
     """
     with ExitStack() as stack:
         stores = []
@@ -112,7 +119,7 @@ def take_snapshot(
         with scratch_folder(scratch):
             total = sum(sum(resume.tip.counts.values()) for resume in resumes)
             written = write_all((store.scan() for store in stores), scratch, total, part_raw_bytes_max, report)
-            return publish(objects, written, resumes, report, clock=clock)
+            return publish(objects, written, resumes, report, key=key, clock=clock)
 
 
 # To one height
@@ -194,6 +201,7 @@ def publish(
     resumes: Sequence[Meta],
     report: Report,
     *,
+    key: SigningKey | None = None,
     clock: Clock = CLOCK,
 ) -> Manifest:
     """Put parts that were just written, then their manifest; another one's that is there stands. Raises AuditFailed
@@ -202,7 +210,7 @@ def publish(
     An intent keeps sweeps from what is put. What one of them was about to delete all the same is looked at once it has
     ended, and put again.
     """
-    manifest = make_manifest([one.part for one in written], resumes)
+    manifest = make_manifest([one.part for one in written], resumes, key)
     with held(objects, manifest.chain_id, Kind.INTENT, [f"{manifest.folder}/"], clock=clock):
         _put_parts(objects, manifest, written, report)
         failpoints.hit("snapshot.before_manifest")
@@ -294,6 +302,7 @@ def main() -> int:
     parser.add_argument("--scratch", type=Path, required=True, help="made, and removed at the end")
     parser.add_argument("--objects", required=True, help="URL of the object store")
     parser.add_argument("--height", type=int)
+    parser.add_argument("--sign-key-file", type=Path)
     given = parser.parse_args()
 
     def work(report: Report) -> str:
@@ -302,6 +311,7 @@ def main() -> int:
             given.scratch,
             open_objects(given.objects),
             height=given.height,
+            key=signing_key(given.sign_key_file),
             report=report,
         ).name
 

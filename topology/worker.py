@@ -34,11 +34,11 @@ from pipeline.state import schema_named
 from topology import (
     answers,
     base_state,
+    building,
     log_check,
     logs,
     reads,
     renewal,
-    restorer,
     squashing,
     topic_check,
     topics,
@@ -52,6 +52,7 @@ from topology.ending import Ending
 from topology.node import Node, Role, check_serving
 from topology.settings import Settings
 from topology.shard_set import ShardSet
+from topology.signing import required_signer
 from topology.transports.base import Broker
 from topology.transports.factory import open_broker
 from topology.transports.kafka_security import security_of
@@ -123,7 +124,8 @@ async def run(
                         raise
                     stopping.clear()
                     objects, history = open_objects(settings.objects_url), await topics.history(broker)
-                    await asyncio.to_thread(renewal.renew, objects, data_dir, history, error)
+                    signer = required_signer(settings)
+                    await asyncio.to_thread(renewal.renew, objects, data_dir, history, error, signer)
                 except (LogChanged, OffsetOutOfRange) as error:
                     generation = openings[0][0].generation
                     if asked.is_set() or not await _has_changed(broker, generation, role, data_dir, changed):
@@ -141,7 +143,7 @@ async def _has_changed(
     each position, which goes to ``known``."""
     has_changed = False
     for found in data_dir.shard_dirs:
-        meta = restorer.held_meta(found.store_path)
+        meta = building.held_meta(found.store_path)
         if meta is None or encode_meta(meta) in known:
             continue
         known.add(encode_meta(meta))
@@ -171,7 +173,7 @@ async def _find_openings(
         else:
             found = await _wait(lambda: topics.openings(broker, generation), until, stopping)
     except NotFound:
-        metas = [restorer.held_meta(one.store_path) for one in data_dir.shard_dirs]
+        metas = [building.held_meta(one.store_path) for one in data_dir.shard_dirs]
         if len(metas) != generation.shards or None in metas:
             raise
         # Records were deleted: what the openings said is in the stores, and in `generations`.
@@ -198,7 +200,7 @@ async def _wait(look: Callable[[], Awaitable[Found | None]], until: Until, stopp
 async def _fill_from_base(settings: Settings, data_dir: DataDir, generation: Generation) -> None:
     if not data_dir.has_store and generation.base_manifest:
         objects = open_objects(settings.objects_url)
-        await asyncio.to_thread(base_state.fill, objects, data_dir.path, generation)
+        await asyncio.to_thread(base_state.fill, objects, data_dir.path, generation, required_signer(settings))
 
 
 async def _run(shard_set: ShardSet, until: Until, on_open: Callable[[ShardSet], Awaitable[None]] | None) -> None:
@@ -304,8 +306,8 @@ async def _answer(shard_set: ShardSet, request: dict[str, Any]) -> Any:
             for node in shard_set.owned:
                 while await node.archive_once(flush=True):
                     pass
-            stores, url = [node.store for node in shard_set.nodes], shard_set.settings.objects_url
-            return await answers.snapshot(stores, shard_set.data_dir, url, request["height"])
+            stores = [node.store for node in shard_set.nodes]
+            return await answers.snapshot(stores, shard_set.data_dir, shard_set.settings, request["height"])
         case "verify":
             try:
                 return await answers.verify([(node.store, node.data_dir) for node in shard_set.nodes])

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from blake3 import blake3
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from walks import GENERATION, NO_PARENT, STAMP, Wire, Writer, block, coin, ref
 
 from pipeline import chunk, journal
@@ -24,7 +25,8 @@ from pipeline.parts import Part, sum_parts
 from pipeline.position import LogMark, Meta, Tip
 from pipeline.primary import Primary
 from pipeline.replica import Step
-from pipeline.snapshot import Manifest, encode_manifest, make_manifest, parts_of
+from pipeline.signature import SigningKey
+from pipeline.snapshot import Manifest, encode_manifest, make_manifest, parts_of, signed
 from pipeline.squash import Lowest
 from pipeline.state import UTXO
 from pipeline.stores.base import META_KEY
@@ -166,6 +168,8 @@ def files() -> dict[str, bytes]:
     made["generation_second"] = encode_generation(SUCCESSOR)
     made["manifest"] = encode_manifest(manifest(1))
     made["manifest_of_shards"] = encode_manifest(manifest(2))
+    key = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
+    made["manifest_signed"] = encode_manifest(signed(manifest(1), key))
     store = writer.store
     assert isinstance(store, MemoryStore)
     made["journal_entry"] = store.undo[journal.entry_key(3)]

@@ -14,10 +14,12 @@ from pipeline.generation import Generation, Opening
 from pipeline.objects import ObjectStore, open_objects
 from pipeline.position import NO_WRITER, Meta
 from pipeline.replica import reign
+from pipeline.signature import SigningKey, check_signature
 from pipeline.snapshot import Manifest
 from topology import base_state, topics
 from topology.commands.common import ask_broker, common_options, emit, rows
 from topology.settings import Settings
+from topology.signing import required_signer, signing_key
 from topology.transports.base import Broker
 
 
@@ -58,14 +60,17 @@ def new(settings: Settings, height: int | None, as_json: bool) -> None:
         topics.check_chain(settings.chain, ended.chain_id, settings.broker_url)
         objects = open_objects(settings.objects_url)
         manifest = await asyncio.to_thread(base_state.newest_manifest, objects, ended, height)
-        begun = await _begin(broker, objects, ended, manifest)
+        check_signature(manifest.signature, manifest.digest, required_signer(settings), manifest.name)
+        begun = await _begin(broker, objects, ended, manifest, signing_key(settings.sign_key_file))
         return _document(begun) | {"ended": ended.generation.hex(), "from_manifest": manifest.name}
 
     document = ask_broker(settings, work)
     emit(document, as_json=as_json, text=lambda: rows(document))
 
 
-async def _begin(broker: Broker, objects: ObjectStore, ended: Generation, manifest: Manifest) -> Generation:
+async def _begin(
+    broker: Broker, objects: ObjectStore, ended: Generation, manifest: Manifest, key: SigningKey | None
+) -> Generation:
     """Base manifest first, then the record in `generations`, then the ends of the old partitions: a crash in between
     leaves either the old generation, or the new one with old partitions that simply stop."""
     wanted = Generation(
@@ -76,7 +81,7 @@ async def _begin(broker: Broker, objects: ObjectStore, ended: Generation, manife
         base=manifest.tip.ref,
         shards=manifest.shards,
     )
-    base = await asyncio.to_thread(base_state.republish, objects, manifest, wanted)
+    base = await asyncio.to_thread(base_state.republish, objects, manifest, wanted, key)
     in_force = await topics.open_generation(broker, base_state.with_base(wanted, base))
     for shard in range(ended.shards):
         meta = await _last_epoch(broker, ended, shard)

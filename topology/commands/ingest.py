@@ -22,6 +22,7 @@ from pipeline.sources import bitcoin, bitcoin_files, synthetic
 from topology import base_state, source, topic_check, topics
 from topology.commands.common import ask_broker, common_options, console, emit, is_terminal, rows
 from topology.settings import CHAIN_DEFAULT, Settings
+from topology.signing import signing_key
 from topology.source import Offer, Publisher
 from topology.transports.base import Broker
 
@@ -299,5 +300,6 @@ async def _base_generation(
         wanted,
         FINALITY_DEFAULT if settings.finality is None else settings.finality,
         bitcoin_files.read_base_coins(coins),
+        key=signing_key(settings.sign_key_file),
     )
     return await topics.open_generation(broker, base_state.with_base(wanted, published))

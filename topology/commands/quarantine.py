@@ -16,6 +16,7 @@ from topology.commands.common import common_options, emit, rows
 from topology.data_dir import DataDir
 from topology.restore_plans import Request
 from topology.settings import Settings
+from topology.signing import required_signer
 
 _LEFT = "left-quarantine"
 
@@ -54,7 +55,7 @@ def _restore(settings: Settings, data_dir: DataDir) -> dict[str, object]:
     aside.parent.mkdir(exist_ok=True)
     if data_dir.has_store:
         shutil.move(data_dir.stores_path, aside)
-    request = Request(chain=settings.chain or None)
+    request = Request(chain=settings.chain or None, signer=required_signer(settings))
     restored = restorer.restore(open_objects(settings.objects_url), data_dir.path, request)
     return {"restored": True, "height": restored.ref.height, "old_store": str(aside)}
 

@@ -7,23 +7,26 @@ import time
 from typing import Any
 
 import click
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich import progress as bars
 from rich.text import Text
 
 from pipeline.objects import open_objects
 from pipeline.plans import RestorePlan, Step
 from topology import reads, restorer
-from topology.commands.common import common_options, console, emit, is_terminal, rows
+from topology.building import Progress
+from topology.commands.common import common_options, console, emit, is_terminal, rows, signature_option
 from topology.data_dir import DataDir
 from topology.pace import Pace
 from topology.restore_plans import Request, plan_restore
 from topology.settings import Settings
+from topology.signing import required_signer
 
 
 @click.command()
 @click.option("--height", type=int, help="Any archived height. [default: the newest that can be reached]")
 @click.option("--claimed", is_flag=True, help="Return before every key is hashed; a worker proves it later.")
 @click.option("--dry-run", is_flag=True, help="Say each step, its bytes, and the estimated time; do nothing.")
+@signature_option
 @common_options
 def restore(settings: Settings, height: int | None, claimed: bool, dry_run: bool, as_json: bool) -> None:
     """Fill the data directory: snapshot parts, range diffs, archived frames. `stateferry run` goes on from there.
@@ -31,7 +34,8 @@ def restore(settings: Settings, height: int | None, claimed: bool, dry_run: bool
     Of all ways to the height the cheapest is taken. A restore that was interrupted goes on where it was.
     """
     started_s = time.monotonic()
-    objects, request = open_objects(settings.objects_url), Request(chain=settings.chain or None, height=height)
+    objects = open_objects(settings.objects_url)
+    request = Request(chain=settings.chain or None, height=height, signer=required_signer(settings))
     if dry_run:
         planned = plan_restore(objects, request)
         document = _planned(planned, cores=0 if claimed else os.cpu_count() or 1)
@@ -91,10 +95,10 @@ def _taken(restored: restorer.Restored, seconds: float) -> dict[str, Any]:
     return taken
 
 
-class _Rate(ProgressColumn):
+class _Rate(bars.ProgressColumn):
     """What comes in or is applied, a second."""
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: bars.Task) -> Text:
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:,.0f}/s")
 
@@ -103,12 +107,12 @@ class _Shown:
     """Progress on stderr: a bar on a terminal, else a line now and then."""
 
     def __init__(self) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:,.0f}"),
+        self._bar = bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.TextColumn("{task.completed:,.0f}"),
             _Rate(),
-            TimeRemainingColumn(),
+            bars.TimeRemainingColumn(),
             console=console,
             transient=True,
         )
@@ -125,7 +129,7 @@ class _Shown:
         if self._is_terminal:
             self._bar.stop()
 
-    def report(self, at: restorer.Progress) -> None:
+    def report(self, at: Progress) -> None:
         what = f"{at.stage.value} ({at.unit})"
         if self._is_terminal:
             if self._bar.tasks[0].description != what:

@@ -11,7 +11,7 @@ import click
 from rich.progress import BarColumn, Progress, TextColumn
 
 from topology import worker
-from topology.commands.common import common_options, console, emit, is_terminal, rows, serve_option
+from topology.commands.common import common_options, console, emit, is_terminal, rows, serve_option, signature_option
 from topology.node import Role
 from topology.settings import Settings
 from topology.shard_set import ShardSet
@@ -29,6 +29,7 @@ _CANCEL_ROUNDS = 5
 @click.option("--until-idle", is_flag=True, help="End once all that was there is consumed and nothing came for 2 s.")
 @click.option("--finality", type=click.IntRange(0, 100_000), help="Blocks that can be undone. [default: 100]")
 @serve_option
+@signature_option
 @common_options
 def run(settings: Settings, role: str, until_height: int | None, until_idle: bool, as_json: bool) -> None:
     """Follow a chain: as the primary, which applies blocks and publishes diffs, or as a replica of it."""

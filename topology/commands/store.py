@@ -185,5 +185,5 @@ def snapshot(settings: Settings, height: int | None, as_json: bool) -> None:
             for store, _ in stores:
                 answers.flush_archive(store, settings.objects_url)
             shards = [store for store, _ in stores]
-            document = asyncio.run(answers.snapshot(shards, data_dir, settings.objects_url, height))
+            document = asyncio.run(answers.snapshot(shards, data_dir, settings, height))
     emit(document, as_json=as_json, text=lambda: rows(document))

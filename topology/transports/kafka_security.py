@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import datetime
 import logging
-import os
 import ssl
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import SecretStr
 
-from pipeline.errors import SecretUnusable, SettingsConflict, UsageError
+from pipeline.errors import SettingsConflict, UsageError
+from topology import secret_files
 from topology.settings import Settings
 from topology.transports.kafka_address import is_kafka
 
 PASSWORD_BYTES_MAX: Final = 4096
 CERTIFICATES_BYTES_MAX: Final = 4 << 20
 """A system's bundle of authorities has 0.2 MB."""
-_OPEN_TO_OTHERS: Final = stat.S_IRWXO | stat.S_IWGRP
 _TLS_ONLY: Final = ("kafka_ca_file", "kafka_certificate_file", "kafka_key_file", "kafka_key_password_file")
 _SASL_ONLY: Final = ("kafka_sasl_mechanism", "kafka_username", "kafka_password_file")
 
@@ -120,23 +118,25 @@ def _without_tokens(record: logging.LogRecord) -> bool:
 def _context(settings: Settings) -> ssl.SSLContext:
     ca_file, certificate_file = settings.kafka_ca_file, settings.kafka_certificate_file
     if ca_file is not None:
-        _read(ca_file, "kafka_ca_file", CERTIFICATES_BYTES_MAX)
+        secret_files.read(ca_file, "kafka_ca_file", CERTIFICATES_BYTES_MAX)
     try:
         context = ssl.create_default_context(cafile=ca_file)
     except ssl.SSLError as error:
-        raise _unusable(ca_file, "kafka_ca_file", "holds no certificates in PEM") from error
+        raise secret_files.unusable(ca_file, "kafka_ca_file", "holds no certificates in PEM") from error
     if certificate_file is None:
         for name in ("kafka_key_file", "kafka_key_password_file"):
             if name in settings.model_fields_set:
                 raise SettingsConflict(f"{name} is set, and kafka_certificate_file is not", way_out="set it, too")
         return context
-    own = _read(certificate_file, "kafka_certificate_file", CERTIFICATES_BYTES_MAX, secret=not settings.kafka_key_file)
+    own = secret_files.read(
+        certificate_file, "kafka_certificate_file", CERTIFICATES_BYTES_MAX, secret=not settings.kafka_key_file
+    )
     _check_certificate(own, certificate_file)
     if settings.kafka_key_file is not None:
-        _read(settings.kafka_key_file, "kafka_key_file", CERTIFICATES_BYTES_MAX, secret=True)
+        secret_files.read(settings.kafka_key_file, "kafka_key_file", CERTIFICATES_BYTES_MAX, secret=True)
     key_file = settings.kafka_key_file or certificate_file
     key_setting = "kafka_key_file" if settings.kafka_key_file else "kafka_certificate_file"
-    encrypted = _unusable(key_file, key_setting, "holds an encrypted key", "set kafka_key_password_file")
+    encrypted = secret_files.unusable(key_file, key_setting, "holds an encrypted key", "set kafka_key_password_file")
     password = None
     if settings.kafka_key_password_file is not None:
         password = _password(settings.kafka_key_password_file, "kafka_key_password_file")
@@ -155,7 +155,7 @@ def _context(settings: Settings) -> ssl.SSLContext:
             what = "holds no private key in PEM"
         else:
             what = "holds no private key in PEM, or one of another password than kafka_key_password_file holds"
-        raise _unusable(key_file, key_setting, what) from error
+        raise secret_files.unusable(key_file, key_setting, what) from error
     return context
 
 
@@ -166,44 +166,23 @@ def _check_certificate(data: bytes, path: Path) -> None:
     try:
         certificate = x509.load_pem_x509_certificates(data)[0]
     except ValueError as error:
-        raise _unusable(path, "kafka_certificate_file", "holds no certificate in PEM") from error
+        raise secret_files.unusable(path, "kafka_certificate_file", "holds no certificate in PEM") from error
     expires = certificate.not_valid_after_utc
     if expires < datetime.datetime.now(datetime.UTC):
-        raise _unusable(path, "kafka_certificate_file", f"holds a certificate that expired on {expires:%Y-%m-%d}")
+        raise secret_files.unusable(
+            path, "kafka_certificate_file", f"holds a certificate that expired on {expires:%Y-%m-%d}"
+        )
 
 
 def _password(path: Path, setting: str) -> SecretStr:
     """What a file holds, without the end of its line."""
-    data = _read(path, setting, PASSWORD_BYTES_MAX, secret=True)
+    data = secret_files.read(path, setting, PASSWORD_BYTES_MAX, secret=True)
     try:
         text = data.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
-        raise _unusable(path, setting, "is not text in UTF-8") from None
+        raise secret_files.unusable(path, setting, "is not text in UTF-8") from None
     if not text:
-        raise _unusable(path, setting, "is empty")
+        raise secret_files.unusable(path, setting, "is empty")
     if not text.isprintable():
-        raise _unusable(path, setting, "holds more than one line, or characters that no password has")
+        raise secret_files.unusable(path, setting, "holds more than one line, or characters that no password has")
     return SecretStr(text)
-
-
-def _read(path: Path, setting: str, bytes_max: int, *, secret: bool = False) -> bytes:
-    try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe must not hold the start
-            mode = os.fstat(file.fileno()).st_mode
-            if not stat.S_ISREG(mode):
-                raise _unusable(path, setting, "is not a file")
-            if secret and mode & _OPEN_TO_OTHERS:
-                who = "others may read or write it" if mode & stat.S_IRWXO else "its group may write it"
-                raise _unusable(path, setting, f"has mode {mode & 0o777:04o}: {who}", f"chmod o-rwx,g-w {path}")
-            data = file.read(bytes_max + 1)
-    except OSError as error:
-        raise _unusable(path, setting, f"cannot be read: {error.strerror}") from error
-    if not data:
-        raise _unusable(path, setting, "is empty")
-    if len(data) > bytes_max:
-        raise _unusable(path, setting, f"has more than {bytes_max} bytes")
-    return data
-
-
-def _unusable(path: Path | None, setting: str, what: str, way_out: str = "") -> SecretUnusable:
-    return SecretUnusable(f"the file of {setting} {what}", where=str(path), way_out=way_out or f"check {setting}")
