@@ -93,6 +93,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _broker(item: pytest.Item) -> str:
-    """The shared broker that a test runs on, by its name; empty: none."""
+    """The broker that a test runs on, by its name; empty: none."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    return str(params.get("broker_server") or params.get("kafka_server") or "")
+    own = f"kafka-{params['own_kafka']}" if "own_kafka" in params else ""
+    return str(params.get("broker_server") or params.get("kafka_server") or own)

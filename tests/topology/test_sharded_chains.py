@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("each_broker")
 
 def test_mainnet(tmp_path: Path) -> None:
     """At a height on the way and at the end, by every command that reads. The first 200 blocks have the first
-    spends; all 600 are in `test_sharded_restore`, and in `test_shards` without a broker."""
+    spends; all 600 are in `test_chains` in one shard, and in `test_shards` without a broker in any number."""
     site = Sharded(tmp_path / "site").begin(2)
     steps = expected("mainnet_0_599")
     site.ingest(write_hex_lines(tmp_path / "blocks.hex", load_blocks("mainnet_0_599")[:200]))
