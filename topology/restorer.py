@@ -17,15 +17,11 @@ import asyncio
 import os
 import shutil
 import sys
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from pipeline import failpoints
-from pipeline.archive import Segment
 from pipeline.block import BlockRef
 from pipeline.errors import (
     AuditFailed,
@@ -34,7 +30,6 @@ from pipeline.errors import (
     NotEmpty,
     NotFound,
     ObjectMissing,
-    PartCorrupt,
     RangeCorrupt,
     StateferryError,
     StoreCorrupt,
@@ -43,16 +38,15 @@ from pipeline.errors import (
 from pipeline.leases import Kind
 from pipeline.objects import ObjectStore, open_objects
 from pipeline.objects.files import sync
-from pipeline.plans import Estimate, Hop, RestorePlan
-from pipeline.position import Meta, decode_meta, encode_meta
-from pipeline.range_names import RangeName, RangeObject
-from pipeline.ranges import RangeDiff
-from pipeline.restore import Replay, Stage, before_first, settled
+from pipeline.plans import Estimate, RestorePlan
+from pipeline.position import Meta
+from pipeline.range_names import RangeName
+from pipeline.restore import Stage
 from pipeline.shards import join_metas
-from pipeline.stores.base import META_KEY, PROOF_KEY, Batch
 from pipeline.stores.rocksdb import RocksStore
-from pipeline.verify import Proof, encode_proof
+from pipeline.verify import Proof
 from topology import children, logs
+from topology.building import Building, Course, Progress, ProgressReport, held_meta, no_progress
 from topology.data_dir import DataDir
 from topology.fetching import FOLDERS, Fetching
 from topology.holding import held
@@ -62,22 +56,6 @@ from topology.verifier import prove
 log = logs.get()
 
 WORK_FOLDER = "restoring"
-
-
-class Progress(NamedTuple):
-    """How far a stage is. ``total`` 0: not known."""
-
-    stage: Stage
-    done: int
-    total: int
-    unit: str  # bytes, parts, blocks, keys
-
-
-ProgressReport = Callable[[Progress], None]
-
-
-def _no_progress(progress: Progress) -> None:
-    """For callers that do not want to know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +94,7 @@ def restore(
     request: Request,
     *,
     claimed: bool = False,
-    progress: ProgressReport = _no_progress,
+    progress: ProgressReport = no_progress,
     workers: int | None = None,
 ) -> Restored:
     """Fill a data directory, which the caller has locked. ``claimed``: do not hash every key afterwards.
@@ -129,7 +107,7 @@ def restore(
 
 
 class _Restorer:
-    """One attempt. `_enter` is the only way from stage to stage.
+    """One attempt.
 
     * `draft` is the directory as it will be, inside of `restoring/`.
     """
@@ -144,15 +122,11 @@ class _Restorer:
         self.work = data_dir.path / WORK_FOLDER
         self.draft = DataDir(self.work)
         self.request = request
-        self.progress = progress
+        self.course = Course(progress)
         self.fetching = Fetching(objects, self.work)
-        self.stage = Stage.PLAN
-        self.seconds: dict[Stage, float] = {}
-        self.frames = 0
-        self.range_diffs = 0
+        self.building = Building(self.work, self.draft, self.fetching, self.course)
         self.refused: dict[RangeName, StateferryError] = {}
         self.estimate: Estimate | None = None
-        self._since = time.monotonic()
 
     def run(self, claimed: bool, workers: int | None) -> Restored:
         if self._has_store():
@@ -167,19 +141,19 @@ class _Restorer:
                 raise
         proof = Proof(proven=False)
         if not claimed:
-            self._enter(Stage.PROVE)
+            self.course.enter(Stage.PROVE)
             proof = self._prove(metas, workers)
-            self._enter(Stage.PROVEN)
+            self.course.enter(Stage.PROVEN)
         shutil.rmtree(self.work, ignore_errors=True)
         return Restored(
             metas=metas,
             proof=proof,
             manifest_name=manifest_name,
             fetched_bytes=self.fetching.fetched_bytes,
-            frames=self.frames,
-            range_diffs=self.range_diffs,
+            frames=self.building.frames,
+            range_diffs=self.building.range_diffs,
             refused=[str(error) for error in self.refused.values()],
-            seconds=self.seconds,
+            seconds=self.course.seconds,
             estimate=self.estimate,
         )
 
@@ -191,22 +165,14 @@ class _Restorer:
             if is_new:
                 self.estimate = plan.estimate(cores=self.cores)
             try:
-                metas = self._build(plan)
+                metas = self.building.build(plan)
                 break
             except (RangeCorrupt, Unsupported) as error:
                 self._refuse(plan, error)
                 plan, instead = None, plan
-        self._enter(Stage.CLAIMED)
+        self.course.enter(Stage.CLAIMED)
         self._publish()
         return metas, plan.manifest_name
-
-    def _build(self, plan: RestorePlan) -> list[Meta]:
-        self._enter(Stage.INGEST)
-        failpoints.hit("restore.before_ingest")
-        paths = {shard: self.draft.shard(shard, len(plan.wanted)).store_path for shard in plan.wanted}
-        for shard, path in paths.items():
-            self._ingest(path, plan, shard)
-        return [self._replay(path, plan, shard) for shard, path in paths.items()]
 
     def _refuse(self, plan: RestorePlan, error: RangeCorrupt | Unsupported) -> None:
         """A range diff is not what it says: another plan goes without it, and begins with other stores. Raises the
@@ -216,7 +182,7 @@ class _Restorer:
             raise error
         log.warning("range_diff_refused", range=error.where, error=error.name, message=str(error))
         self.refused |= dict.fromkeys(refused, error)
-        self._enter(Stage.PLAN)
+        self.course.enter(Stage.PLAN)
 
     def _fetch(self, plan: RestorePlan | None, instead: RestorePlan | None) -> RestorePlan:
         """A plan, with all that it names here. What it names is pinned meanwhile; if a sweep was faster, or a range
@@ -230,8 +196,8 @@ class _Restorer:
                         shutil.rmtree(self.draft.stores_path, ignore_errors=True)  # made by another plan
                         write_plan(self.work, self.objects, self.request, plan, instead=instead)
                         failpoints.hit("restore.planned")
-                    self._enter(Stage.FETCH)
-                    self.fetching.fetch(plan, lambda done, total: self._report(done, total, "bytes"))
+                    self.course.enter(Stage.FETCH)
+                    self.fetching.fetch(plan, lambda done, total: self.course.report(done, total, "bytes"))
                 return plan
             except ObjectMissing:
                 again = plan_restore(self.objects, self.request, refused=self.refused)
@@ -239,20 +205,11 @@ class _Restorer:
                     raise
                 instead, plan, is_written = plan, again, False
                 log.warning("restore_planned_again", height=plan.height, manifest=plan.manifest_name)
-                if self.stage is Stage.FETCH:
-                    self._enter(Stage.PLAN)
+                if self.course.stage is Stage.FETCH:
+                    self.course.enter(Stage.PLAN)
             except (RangeCorrupt, Unsupported) as error:
                 self._refuse(plan, error)
                 instead, plan, is_written = plan, None, False
-
-    def _enter(self, stage: Stage) -> None:
-        assert self.stage.may_lead_to(stage), (self.stage, stage)
-        now = time.monotonic()
-        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + now - self._since
-        self.stage, self._since = stage, now
-
-    def _report(self, done: int, total: int, unit: str) -> None:
-        self.progress(Progress(self.stage, done, total, unit))
 
     def _finished_before(self) -> tuple[list[Meta], str]:
         """Stores that a restore of the same request made, before it was interrupted. Raises NotEmpty for any other."""
@@ -261,96 +218,13 @@ class _Restorer:
             metas = [meta for one in self.data_dir.shard_dirs if (meta := held_meta(one.store_path)) is not None]
             stands = {(meta.tip.height, meta.base_height) for meta in metas}
             if len(metas) == len(plan.wanted) and stands == {(plan.height, plan.height)}:
-                self.stage = Stage.CLAIMED
+                self.course.begin(Stage.CLAIMED)
                 return metas, plan.manifest_name
         raise NotEmpty(
             "this data directory holds a store already",
             where=str(self.data_dir.stores_path),
             way_out="restore into an empty directory, or remove this store first",
         )
-
-    # Ingest and frames
-
-    def _ingest(self, path: Path, plan: RestorePlan, shard: int) -> None:
-        """A store with what the snapshot has of a shard, or with nothing, and its position."""
-        if held_meta(path) is not None:
-            return
-        shutil.rmtree(path, ignore_errors=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        store = RocksStore(path)
-        try:
-            if plan.manifest is not None:
-                meta = plan.manifest.resumes[shard]
-                self._take_parts(store, plan, shard)
-            else:
-                meta = before_first(self._opened(plan.hops_of(shard)[0]).resume)
-            failpoints.hit("restore.after_ingest")
-            store.write(Batch(meta={META_KEY: encode_meta(meta)}))
-        finally:
-            store.close()
-
-    def _take_parts(self, store: RocksStore, plan: RestorePlan, shard: int) -> None:
-        manifest = plan.manifest
-        assert manifest is not None
-        parts = manifest.parts_of(shard)
-        if not parts:
-            return
-        # Links, so that the checked parts are still here if this is interrupted.
-        links = self.work / "ingesting"
-        shutil.rmtree(links, ignore_errors=True)
-        links.mkdir()
-        for part in parts:
-            os.link(self.fetching.part_path(part), links / part.name)
-        try:
-            store.ingest([links / part.name for part in parts])
-        except StoreCorrupt as error:
-            raise PartCorrupt(f"a part cannot be taken in: {error.what}", where=manifest.name) from error
-        self._report(len(parts), len(plan.parts), "parts")
-
-    def _replay(self, path: Path, plan: RestorePlan, shard: int) -> Meta:
-        """A shard's archived frames, up to the plan's height; then its store is as it will be, and synced."""
-        store = RocksStore(path)
-        try:
-            data = store.get_meta(META_KEY)
-            assert data is not None, path
-            replay = Replay(store, decode_meta(data))
-            for hop in plan.hops_of(shard):
-                self._apply(replay, hop, plan)
-            if replay.meta.tip.height != plan.height:
-                raise NotFound(
-                    f"the restore ended at block {replay.meta.tip.ref}, not at height {plan.height}",
-                    way_out="run it again",
-                )
-            meta = settled(replay.meta)
-            store.write(Batch(meta={META_KEY: encode_meta(meta), PROOF_KEY: encode_proof(Proof(proven=False))}))
-            store.flush()
-        finally:
-            store.close()
-        return meta
-
-    def _apply(self, replay: Replay, hop: Hop, plan: RestorePlan) -> None:
-        """A range diff, or a segment's frames. What is in the store already is passed by."""
-        found, at = self._opened(hop), replay.meta.tip.height
-        if isinstance(found, Segment):
-            if hop.name.last >= at:
-                self._go_to(Stage.FRAMES)
-                for header in replay.run(found, plan.height):
-                    failpoints.hit("restore.frame_applied")
-                    self.frames += 1
-                    self._report(header.ref.height, plan.height, "blocks")
-        elif hop.name.last > at:
-            self._go_to(Stage.RANGES)
-            for changes in replay.run_range(found):
-                failpoints.hit("restore.chunk_applied")
-                self._report(changes, found.changes, "changes")
-            self.range_diffs += 1
-
-    def _opened(self, hop: Hop) -> Segment | RangeDiff:
-        return self.fetching.range_diff(hop) if isinstance(hop, RangeObject) else self.fetching.segment(hop.name)
-
-    def _go_to(self, stage: Stage) -> None:
-        if self.stage is not stage:
-            self._enter(stage)
 
     # Publish and prove
 
@@ -374,7 +248,7 @@ class _Restorer:
         async def prove_one(shard: int, store: RocksStore, folder: Path) -> Proof:
             def note(what: str, keys: int, _: int) -> None:
                 done[shard] = keys
-                self._report(sum(done), total, "keys")
+                self.course.report(sum(done), total, "keys")
 
             return (await prove(store, folder, workers=workers, report=note))[0]
 
@@ -396,18 +270,6 @@ class _Restorer:
         return proofs[0] if len(proofs) == 1 else Proof(proven=True)
 
 
-def held_meta(path: Path) -> Meta | None:
-    """The position of a store that nobody has open; None if there is none yet."""
-    if not (path / "CURRENT").exists():
-        return None
-    store = RocksStore(path)
-    try:
-        data = store.get_meta(META_KEY)
-    finally:
-        store.close()
-    return None if data is None else decode_meta(data)
-
-
 def main() -> int:
     """The helper process: the state of one shard, claimed, into a directory that has none."""
     parser = argparse.ArgumentParser(prog="python -m topology.restorer", description=main.__doc__)
@@ -416,8 +278,11 @@ def main() -> int:
     parser.add_argument("--chain", required=True)
     parser.add_argument("--generation", required=True)
     parser.add_argument("--shard", type=int, required=True)
+    parser.add_argument("--signer", type=bytes.fromhex, help="who must have signed the snapshot: a public key in hex")
     given = parser.parse_args()
-    request = Request(chain=given.chain, generation=bytes.fromhex(given.generation), shard=given.shard)
+    request = Request(
+        chain=given.chain, generation=bytes.fromhex(given.generation), shard=given.shard, signer=given.signer
+    )
 
     def work(report: children.Report) -> int:
         def note(at: Progress) -> None:
