@@ -414,7 +414,9 @@ def _look_at_objects(folder: Path) -> dict[str, Any]:
             manifest = decode_manifest(path.read_bytes())
             parts = [(part.keys, part.partials) for part in manifest.parts]
             found[name] = (list(map(timeless, manifest.resumes)), parts)
-        elif path.is_file() and path.suffix != ".sst" and not path.name.startswith(".new-"):  # a put that was killed
+        elif path.parent.name == "leases" or path.name.startswith(".new-"):
+            pass  # of one that was killed: a lease expires, a put that ended half-way is no object
+        elif path.is_file() and path.suffix != ".sst":
             found[name] = path.stat().st_size
     return found
 
