@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +21,7 @@ from pipeline.ranges import Piece
 from tests.ferries import Killed, kill_at
 from tests.walks import GENERATION, Node, drive, make_walk
 from topology import squasher
+from topology import squashing as squashing_worker
 from topology.archiver import Archiver
 from topology.squasher import Archive, archives, squash, squash_in_process
 from topology.squashing import BLOCKS_MAX, QUIET_S, Waiting
@@ -193,6 +195,42 @@ def test_when() -> None:
     assert not waiting.is_due(192, 10000.0)
     assert waiting.is_due(134 + BLOCKS_MAX, 10000.0)
     assert not Waiting().is_due(9 * BLOCKS_MAX, 0.0)
+
+
+def test_a_worker_squashes(objects: LocalObjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once its archive is quiet; a helper that ends early is tried again; only what it owns."""
+    monkeypatch.setattr(squashing_worker, "QUIET_S", 0.5)
+    monkeypatch.setattr(squashing_worker, "_LOOK_S", 0.1)
+    monkeypatch.setenv("STATEFERRY_FAILPOINT", "squash.before_put:2")
+    logged = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(squashing_worker.log, level, lambda event, **fields: logged.append(event), raising=False)
+
+    def node(shard: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            shard=shard,
+            is_owned=shard == 0,
+            committed_meta=SimpleNamespace(archived_to=150),
+            generation=GENERATION,
+            data_dir=SimpleNamespace(path=tmp_path / f"node-{shard}"),
+        )
+
+    async def work() -> None:
+        stopping = asyncio.Event()
+        url = f"file://{tmp_path / 'objects'}"
+        task = asyncio.create_task(squashing_worker.run([node(0), node(1)], url, stopping))  # type: ignore[list-item]
+        while "archive_not_squashed" not in logged:
+            await asyncio.sleep(0.05)
+        assert spans(objects) == [(0, 63)]
+        monkeypatch.delenv("STATEFERRY_FAILPOINT")
+        while "archive_squashed" not in logged:
+            await asyncio.sleep(0.05)
+        stopping.set()
+        await task
+
+    asyncio.run(asyncio.wait_for(work(), 120))
+    assert spans(objects) == [(0, 63), (64, 127)]
+    assert not (tmp_path / "node-1").exists()
 
 
 def test_the_command(objects: LocalObjects, tmp_path: Path) -> None:
