@@ -1,6 +1,7 @@
 """Every error stateferry raises on purpose, and the exit code a command ends with when it meets one.
 
     StateferryError                     1  failed
+    ├── SnapshotCancelled                  somebody ended it, or it took too long
     ├── UsageError                      2  the request itself is wrong
     │   ├── BrokerUrlError                 a broker URL that cannot be read
     │   ├── NotEmpty                       a restore into a directory that holds something
@@ -96,6 +97,10 @@ class StateferryError(Exception):
         where = f" ({self.where})" if self.where else ""
         way_out = f"; {self.way_out}" if self.way_out else ""
         return f"{self.what}{where}{way_out}"
+
+
+class SnapshotCancelled(StateferryError):
+    pass
 
 
 class UsageError(StateferryError):

@@ -62,6 +62,18 @@ class Settings(BaseSettings):
     serve: Literal["proven", "claimed"] = "proven"
     """Whether reads are answered from a state that this node has not proven yet."""
     codec: Literal["zstd", "snappy", "none"] = "zstd"
+    snapshot_blocks: int = Field(default=0, ge=0)
+    """A running worker takes a snapshot after so many final blocks. This and the next two are triggers; none is set by
+    default, because every worker of a chain would take one, and one is enough. 0: no such trigger."""
+    snapshot_archived_bytes: int = Field(default=0, ge=0)
+    """After so many archived bytes."""
+    snapshot_seconds: float = Field(default=0, ge=0)
+    """After so many seconds."""
+    snapshot_share: float = Field(default=0.25, ge=0)
+    """Not before what was archived since the last snapshot is this share of it: until then a restore gains less than a
+    quarter of what a snapshot costs."""
+    snapshot_timeout_s: float = Field(default=3600.0, gt=0)
+    """A snapshot that takes longer is ended: an hour is some 100 GB on one disk."""
     keep_last: int = Field(default=0, ge=0)
     """Of each generation, `gc` keeps so many of the newest snapshots. Rules add up; without any, all are kept: nobody
     loses a restore point without having said so. 0: no such rule."""

@@ -53,6 +53,8 @@ from topology.node import Node, Role, check_serving
 from topology.settings import Settings
 from topology.shard_set import ShardSet
 from topology.signing import required_signer
+from topology.snapshotter import SCRATCH_FOLDER
+from topology.snapshotting import Snapshotting
 from topology.transports.base import Broker
 from topology.transports.factory import open_broker
 from topology.transports.kafka_security import security_of
@@ -98,6 +100,7 @@ async def run(
     with data_dir:
         data_dir.check_quarantine()
         shutil.rmtree(data_dir.copies_path, ignore_errors=True)
+        shutil.rmtree(data_dir.path / SCRATCH_FOLDER, ignore_errors=True)
         renewal.settle(data_dir)
         broker = open_broker(settings.broker_url, settings.topic_prefix, security_of(settings))
         try:
@@ -207,12 +210,13 @@ async def _run(shard_set: ShardSet, until: Until, on_open: Callable[[ShardSet], 
     data_dir = shard_set.data_dir
     application = Application(shard_set)
     tasks: list[asyncio.Task[None]] = []
-    control = ControlServer(data_dir.socket_path, lambda request: _answer(shard_set, request))
+    snapshotting = Snapshotting(shard_set)
+    control = ControlServer(data_dir.socket_path, lambda request: _answer(shard_set, snapshotting, request))
     try:
         shard_set.open(application.produce, application.split)
         await control.start()
         shard_set.prove_with(lambda node: _guard(shard_set, _prove(node)))
-        jobs: list[Awaitable[None]] = [_watch(shard_set, until)]
+        jobs: list[Awaitable[None]] = [_watch(shard_set, until), snapshotting.run()]
         if shard_set.role is Role.PRIMARY:
             jobs += map(_archive, shard_set.nodes)
             jobs.append(squashing.run(shard_set.nodes, shard_set.settings.objects_url, shard_set.stopping))
@@ -284,14 +288,14 @@ async def _archive(node: Node) -> None:
             node.archive_trouble = None
 
 
-async def _answer(shard_set: ShardSet, request: dict[str, Any]) -> Any:
+async def _answer(shard_set: ShardSet, snapshotting: Snapshotting, request: dict[str, Any]) -> Any:
     """One request on the control socket."""
     what = request["what"]
     match what:
         case "alive":
             return {"role": shard_set.role.value}
         case "status":
-            return await answers.status(shard_set)
+            return await answers.status(shard_set) | {"snapshotting": snapshotting.status}
         case "get":
             return _get(shard_set, request)
         case "copy":
@@ -306,8 +310,9 @@ async def _answer(shard_set: ShardSet, request: dict[str, Any]) -> Any:
             for node in shard_set.owned:
                 while await node.archive_once(flush=True):
                     pass
-            stores = [node.store for node in shard_set.nodes]
-            return await answers.snapshot(stores, shard_set.data_dir, shard_set.settings, request["height"])
+            return await snapshotting.take(request["height"])
+        case "cancel-snapshot":
+            return {"cancelled": snapshotting.cancel()}
         case "verify":
             try:
                 return await answers.verify([(node.store, node.data_dir) for node in shard_set.nodes])

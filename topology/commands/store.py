@@ -176,9 +176,17 @@ def root(settings: Settings, interop: str | None, as_json: bool) -> None:
 
 @click.command()
 @click.option("--height", type=int, help="A final height that this node's journal still reaches. [default: the newest]")
+@click.option("--cancel", is_flag=True, help="End those that the running worker takes now.")
 @common_options
-def snapshot(settings: Settings, height: int | None, as_json: bool) -> None:
-    """Publish the state at a final height; the primary's open archive segment goes out first."""
+def snapshot(settings: Settings, height: int | None, cancel: bool, as_json: bool) -> None:
+    """Publish the state at a final height; the primary's open archive segment goes out first.
+
+    A worker takes them by itself with STATEFERRY_SNAPSHOT_BLOCKS, ..._ARCHIVED_BYTES or ..._SECONDS.
+    """
+    if cancel:
+        ended = ask_worker(settings, {"what": "cancel-snapshot"}) or {"cancelled": 0}
+        emit(ended, as_json=as_json, text=lambda: rows(ended))
+        return
     document = ask_worker(settings, {"what": "snapshot", "height": height})
     if document is None:
         with owned_stores(settings) as (data_dir, stores):
