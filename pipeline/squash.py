@@ -1,15 +1,15 @@
 """Squashing: consecutive diffs to one, by a merge of sorted runs, whatever their size.
 
-A **run** is one diff's changes as chunks, ascending by table and key. Of all runs the merge takes what stands up to
-the lowest end of their present chunks, nets it in the order of the blocks, and goes on: so it holds a chunk of each
-run, and what it makes leaves as chunks again. A frame is a run of one chunk; frames whose columns have more than 32 MiB
-together go through files in between.
+Frames are netted in dicts, as many at a time as have 32 MiB of columns; if there are more, through files in between. A
+**run** is one diff's changes as chunks, ascending by table and key. Of all runs the merge takes what stands up to the
+lowest end of their present chunks, nets it in the order of the blocks, and goes on: so it holds a chunk of each run,
+and what it makes leaves as chunks again.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -108,7 +108,7 @@ class Lowest:
         self._first, self._last = first, last
         self._scratch = scratch
         self._runs: list[Run] = []
-        self._held: list[Run] = []
+        self._held: list[Mapping[int, TableDiff]] = []
         self._held_bytes = 0
         self._opening: Header | None = None
         self._tip: Header | None = None
@@ -125,12 +125,11 @@ class Lowest:
                 raise RangeCorrupt(f"block {header.ref} is not the next one of heights {self._first} to {self._last}")
             if tip is not None and (header.parent_hash, header.prev_root) != (tip.ref.block_hash, tip.post_root):
                 raise RangeCorrupt(f"block {header.ref} does not stand on {tip.ref}")
-            tables = decode_whole_body(decoded.body).tables
-            self._held.append([tables[table_id] for table_id in sorted(tables)])
+            self._held.append(decode_whole_body(decoded.body).tables)
             self._held_bytes += len(decoded.body)
             self._tip = header
             if self._held_bytes > HELD_RAW_BYTES_MAX:
-                self._runs.append(_spill(merge(self._held), self._scratch / f"run-{len(self._runs):05d}"))
+                self._runs.append(_spill(net(self._held), self._scratch / f"run-{len(self._runs):05d}"))
                 self._held, self._held_bytes = [], 0
         self._resume = segment.resume
 
@@ -142,7 +141,8 @@ class Lowest:
         writer = RangeWriter(
             folder, first=self._first, parent=opening.parent_hash, prev_root=opening.prev_root, resume=resume
         )
-        for chunk in merge([*self._runs, *self._held]):
+        rest = net(self._held)
+        for chunk in merge([*self._runs, rest]) if self._runs else rest:
             writer.add(chunk)
         return writer.finish()
 
@@ -182,7 +182,30 @@ def squash_ranges(ranges: Sequence[RangeDiff], folder: Path) -> list[Path]:
     return writer.finish()
 
 
-# The merge
+# Netting
+
+
+def net(diffs: Sequence[Mapping[int, TableDiff]]) -> Iterator[TableDiff]:
+    """Consecutive diffs, oldest first, as one, in chunks. That each follows from the one before is not looked at: who
+    writes it checks the root that it leads from."""
+    cut = _Cut()
+    for table_id in sorted(set().union(*diffs)):
+        tables = [diff[table_id] for diff in diffs if table_id in diff]
+        befores: dict[bytes, bytes | None] = {}
+        afters: dict[bytes, bytes | None] = {}
+        for table in reversed(tables):
+            befores.update(dict.fromkeys(table.created_keys))
+            befores.update(zip(table.updated_keys, table.updated_befores, strict=True))
+            befores.update(zip(table.deleted_keys, table.deleted_befores, strict=True))
+        for table in tables:
+            afters.update(zip(table.created_keys, table.created_values, strict=True))
+            afters.update(zip(table.updated_keys, table.updated_afters, strict=True))
+            afters.update(dict.fromkeys(table.deleted_keys))
+        for key in sorted([key for key, before in befores.items() if afters[key] != before]):
+            if (full := cut.add(table_id, Change(key, befores[key], afters[key]))) is not None:
+                yield full
+    if (rest := cut.rest()) is not None:
+        yield rest
 
 
 def merge(runs: Sequence[Run]) -> Iterator[TableDiff]:

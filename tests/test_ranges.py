@@ -22,7 +22,7 @@ from pipeline.errors import RangeCorrupt, Unsupported
 from pipeline.position import encode_meta
 from pipeline.range_names import PieceName, RangeName, RangeObject, parse_piece_name, whole_ranges
 from pipeline.ranges import CHUNK_RAW_BYTES_MAX, Entry, Piece, RangeDiff, RangeWriter, span_of, unpack_chunk
-from pipeline.squash import LEVELS, Due, Lowest, due_ranges, merge, squash_ranges
+from pipeline.squash import LEVELS, Due, Lowest, due_ranges, merge, net, squash_ranges
 from pipeline.state import UTXO, Change
 from tests.walks import GENERATION, Node, drive, make_walk
 
@@ -140,9 +140,11 @@ def test_merge_is_squash(history: list[State], data: st.DataObject) -> None:
         patch.setattr(squashing, "CHUNK_CHANGES_MAX", data.draw(st.integers(1, 4)))
         merged = list(merge(runs))
         twice = list(merge([list(merge(runs[:split])), list(merge(runs[split:]))]))
+        at_once = list(net([diff.tables for diff in diffs]))
 
     spans = [span_of(chunk) for chunk in merged]
     assert all(one[1] < other[0] for one, other in itertools.pairwise(spans))
+    assert at_once == merged
     assert whole(merged) == whole(twice) == whole(list(between(history[0], history[-1]).tables.values()))
     state = history[0]
     for chunk in merged:
