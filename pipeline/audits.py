@@ -13,12 +13,25 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from pipeline import journal
+from pipeline.archive import Segment
 from pipeline.block import BlockRef
-from pipeline.errors import ArchiveConflict, AuditFailed, NotFound, PartCorrupt, StateferryError, StoreCorrupt
+from pipeline.commitment import lthash
+from pipeline.diff import Diff
+from pipeline.errors import (
+    ArchiveConflict,
+    AuditFailed,
+    NotFound,
+    PartCorrupt,
+    SegmentCorrupt,
+    StateferryError,
+    StoreCorrupt,
+)
 from pipeline.frame import Kind
+from pipeline.key_filter import build_filters, split_filters
 from pipeline.meeting import own_final
 from pipeline.parts import Part
 from pipeline.position import Meta, Tip
+from pipeline.ranges import RangeDiff
 from pipeline.segment_index import SegmentIndex
 from pipeline.snapshot import Manifest
 from pipeline.stores.base import Store
@@ -146,6 +159,35 @@ def check_content(part: Part, name: str, entries: Iterable[tuple[bytes, bytes]])
             way_out=_ANOTHER,
         )
     return found
+
+
+def check_filters(index: SegmentIndex, segment: Segment) -> None:
+    """A segment's filters, if it has any, are those of its frames: else a trace would pass by what they leave out.
+    Raises SegmentCorrupt."""
+    if index.filters is not None:
+        found = split_filters(build_filters(list(segment.frames())), len(segment.entries))
+        if found != index.filters:
+            raise SegmentCorrupt(
+                "the filters of a segment are not those of its frames",
+                where=str(index.name),
+                way_out="delete it: a primary whose journal has those blocks archives them again",
+            )
+
+
+def check_range(one: RangeDiff) -> None:
+    """What a range diff changes, taken from the vectors that it leads to, gives the root that it starts from. Raises
+    AuditFailed, RangeCorrupt."""
+    before: Mapping[int, bytes] = one.resume.tip.vectors
+    for table in one.chunks():
+        back = Diff(tables={table.schema.table_id: table}).inverted()
+        before = back.advance(before)
+    if lthash.state_root(before) != one.prev_root:
+        raise AuditFailed(
+            f"what a range diff changes does not lead from root {one.prev_root.hex()} to block {one.ref}, root "
+            f"{one.resume.tip.root.hex()}",
+            where=str(one.name),
+            way_out="delete its pieces: `stateferry archive squash` makes it again",
+        )
 
 
 def check_overlap(one: SegmentIndex, other: SegmentIndex) -> None:

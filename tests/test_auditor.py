@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipeline import frame
+from pipeline import archive, frame, ranges
 from pipeline.archive import Segment, build_segment
 from pipeline.audits import Level, Point, check_journal, store_points
 from pipeline.block import BlockRef
 from pipeline.commitment import lthash
 from pipeline.diff import decode_whole_body, join_tables
-from pipeline.errors import AuditFailed, Diverged, StoreCorrupt
+from pipeline.errors import AuditFailed, Diverged, RangeCorrupt, SegmentCorrupt, SignatureWrong, StoreCorrupt
 from pipeline.objects import LocalObjects
+from pipeline.ranges import Piece
+from pipeline.sections import Layout
+from pipeline.signature import Signature
 from pipeline.snapshot import Manifest, encode_manifest
 from tests.ferries import Ferry, make_ferry
 from topology import auditor as auditor_module
 from topology.auditor import Auditor
+from topology.squasher import archives, squash
 
 
 @pytest.fixture(scope="module")
 def ferry(tmp_path_factory: pytest.TempPathFactory) -> Ferry:
     return make_ferry(tmp_path_factory.mktemp("ferry"), events=400, snapshots=2)
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command's tests have helper processes."""
+    monkeypatch.setattr(auditor_module, "_CORES", 1)
 
 
 @pytest.fixture
@@ -42,13 +52,17 @@ def put(objects: LocalObjects, name: str, data: bytes) -> None:
 
 
 def audit(
-    folder: Path, level: Level, points: Mapping[tuple[bytes, int], Sequence[Point]] | None = None
+    folder: Path,
+    level: Level,
+    points: Mapping[tuple[bytes, int], Sequence[Point]] | None = None,
+    *,
+    name: str = "scratch",
 ) -> tuple[Auditor, list[tuple[str, str]]]:
-    scratch = folder / f"scratch-{level.value}"
+    scratch = folder / f"{name}-{level.value}"
     scratch.mkdir()
     auditor = Auditor(f"file://{folder}/objects", scratch)
     auditor.run(level, points or {})
-    return auditor, [(fault.name, fault.where) for fault in auditor.faults]
+    return auditor, [(fault.name, fault.where) for fault in auditor.found.faults]
 
 
 def final_points(ferry: Ferry) -> dict[tuple[bytes, int], list[Point]]:
@@ -61,9 +75,9 @@ def test_replay_meets_snapshots_and_store(ferry: Ferry, objects: LocalObjects, t
     auditor, found = audit(tmp_path, Level.REPLAY, final_points(ferry))
 
     assert found == []
-    assert auditor.counts["frames"] == ferry.node.meta.final_height + 1
-    assert auditor.counts["snapshots_met"] == len(ferry.manifests)
-    assert auditor.counts["points_met"] == 1
+    assert auditor.found.counts["frames"] == ferry.node.meta.final_height + 1
+    assert auditor.found.counts["snapshots_met"] == len(ferry.manifests)
+    assert auditor.found.counts["points_met"] == 1
 
 
 def test_replay_goes_on_behind_a_hole(ferry: Ferry, objects: LocalObjects, tmp_path: Path) -> None:
@@ -75,7 +89,7 @@ def test_replay_goes_on_behind_a_hole(ferry: Ferry, objects: LocalObjects, tmp_p
 
     assert found == []
     starts = [manifest.height for manifest in ferry.manifests if manifest.height >= 63]
-    assert auditor.counts["frames"] == ferry.node.meta.final_height - min(starts)
+    assert auditor.found.counts["frames"] == ferry.node.meta.final_height - min(starts)
 
 
 def other_root(point: Point) -> Point:
@@ -111,11 +125,8 @@ def moved(manifest: Manifest) -> Manifest:
     return replace(manifest, parts=tuple(parts))
 
 
-def test_parts_that_their_manifest_lies_about(
-    ferry: Ferry, objects: LocalObjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_that_their_manifest_lies_about(ferry: Ferry, objects: LocalObjects, tmp_path: Path) -> None:
     """Digests, sums and names agree: only hashing the keys shows it, in either part."""
-    monkeypatch.setattr(auditor_module, "_CORES", 1)  # in this process: the command's tests have the others
     manifest = ferry.manifests[0]
     put(objects, manifest.name, encode_manifest(moved(manifest)))
 
@@ -173,3 +184,57 @@ def test_a_journal_that_does_not_lead_here(ferry: Ferry) -> None:
     ):
         with pytest.raises(StoreCorrupt, match="frame"):
             check_journal(ferry.store, wrong)
+
+
+def rejoined(data: bytes, kind: int, change: Callable[[bytes], bytes], layout: Layout) -> bytes:
+    """A file of sections with one of them changed, under a right digest."""
+    places = layout.split(data)
+    sections = {one: data[slice(*place)] for one, place in places.items()}
+    return layout.join(sections | {kind: change(sections[kind])})
+
+
+def test_filters_that_leave_a_key_out(ferry: Ferry, objects: LocalObjects, tmp_path: Path) -> None:
+    """A trace would not find what they do not say: content compares them with the frames."""
+    name = next(info.name for info in objects.list() if info.name.endswith(".seg"))
+
+    def emptied(section: bytes) -> bytes:
+        return section[: 4 * 64] + bytes(len(section) - 4 * 64)
+
+    put(objects, name, rejoined(objects.get(name), archive.Section.FILTERS, emptied, archive.LAYOUT))
+
+    assert audit(tmp_path, Level.STORED)[1] == []
+    assert audit(tmp_path, Level.CONTENT)[1] == [(SegmentCorrupt.__name__, name)]
+
+
+def test_a_signature_that_is_none(ferry: Ferry, objects: LocalObjects, tmp_path: Path) -> None:
+    """Whoever requires none, an audit says that it is wrong."""
+    manifest = ferry.manifests[0]
+    forged = replace(manifest, signature=Signature(bytes(32), bytes(64)))
+    put(objects, manifest.name, encode_manifest(forged))
+
+    assert audit(tmp_path, Level.QUICK)[1] == [(SignatureWrong.__name__, manifest.name)]
+
+
+@pytest.fixture
+def ranged(objects: LocalObjects, tmp_path: Path) -> LocalObjects:
+    """With range diffs of 64 blocks."""
+    for one in archives(objects):
+        assert list(squash(objects, one, tmp_path / "squashing"))
+    return objects
+
+
+def test_range_diffs(ranged: LocalObjects, tmp_path: Path) -> None:
+    """A flipped bit is seen by their digest; a root that they do not lead from, by what they change."""
+    names = [info.name for info in ranged.list() if info.name.endswith(".rng")]
+    for level in (Level.STORED, Level.CONTENT):
+        auditor, found = audit(tmp_path, level)
+        assert (found, auditor.found.counts["range_diffs"]) == ([], len(names))
+    data = ranged.get(names[0])
+    head = Piece.of_bytes(data).head
+    lying = replace(head, prev_root=bytes(32)).encode()
+    put(ranged, names[0], rejoined(data, ranges.Section.HEAD, lambda _: lying, ranges.LAYOUT))
+    assert audit(tmp_path, Level.STORED, name="lying")[1] == []
+    assert [name for name, _ in audit(tmp_path, Level.CONTENT, name="lying")[1]] == [AuditFailed.__name__]
+    put(ranged, names[0], data[:300] + bytes([data[300] ^ 1]) + data[301:])
+
+    assert [name for name, _ in audit(tmp_path, Level.STORED, name="flipped")[1]] == [RangeCorrupt.__name__]

@@ -75,7 +75,13 @@ def test_all_is_right(site: Site) -> None:
     kept = site.here("status").ok()["audits"]
 
     assert [found[level]["verified"] for level in LEVELS] == [True] * 5
-    assert found["quick"]["objects"] | {"bytes": 0} == {"manifests": 2, "segments": 9, "parts": 0, "bytes": 0}
+    assert found["quick"]["objects"] | {"bytes": 0} == {
+        "manifests": 2,
+        "segments": 9,
+        "range_diffs": 0,
+        "parts": 0,
+        "bytes": 0,
+    }
     assert found["quick"]["store"] == {"journal_frames": 100}
     assert found["stored"]["objects"]["parts"] == 2
     assert found["stored"]["store"]["entries"] > STEPS[599]["coins"]

@@ -127,12 +127,13 @@ def _audit(settings: Settings, level: Level) -> tuple[dict[str, Any], list[State
         work.mkdir()
         auditor = Auditor(settings.objects_url, work, chain=chain, report=report)
         auditor.run(level, points)
-        document["objects"] = dict(auditor.counts)
-        if document.get("store", {}) is None and not auditor.manifests and not auditor.indexes and not auditor.faults:
+        document["objects"] = dict(auditor.found.counts)
+        has_objects = auditor.manifests or auditor.indexes or auditor.found.faults
+        if document.get("store", {}) is None and not has_objects:
             raise NotFound(
                 "there is nothing to audit: no store in the data directory, and nothing in the object store",
                 where=f"{settings.data_dir}, {settings.objects_url}",
                 way_out="name them: --data-dir, --objects",
             )
         shutil.rmtree(work)
-    return document, faults + auditor.faults
+    return document, faults + auditor.found.faults
