@@ -13,6 +13,7 @@ from pipeline.block import BlockRef
 from pipeline.diff import EMPTY_COUNTS
 from pipeline.errors import CoinsCorrupt, NotFound, WrongChain
 from pipeline.generation import Generation
+from pipeline.leases import Kind
 from pipeline.objects import AlreadyThere, ObjectStore
 from pipeline.parts import PART_RAW_BYTES_MAX, sum_parts
 from pipeline.plans import newest_names
@@ -24,6 +25,7 @@ from pipeline.stores.base import Batch
 from pipeline.stores.rocksdb import RocksStore
 from topology import logs, restorer
 from topology.children import Report, no_report
+from topology.holding import held
 from topology.restore_plans import Request, read_manifest
 from topology.snapshotter import publish, scratch_folder, write_all
 
@@ -120,22 +122,33 @@ def _import(
 
 
 def republish(
-    objects: ObjectStore, manifest: Manifest, generation: Generation, key: SigningKey | None = None
+    objects: ObjectStore,
+    manifest: Manifest,
+    generation: Generation,
+    key: SigningKey | None = None,
+    *,
+    target: ObjectStore | None = None,
 ) -> Manifest:
     """The same state as the base of another generation: parts copied under its name, then a manifest of its own, so
-    that either generation can be deleted without the other."""
+    that either generation can be deleted without the other. ``target``: another object store to put it in."""
+    target = target or objects
     resumes = [
         base_resume(generation, one.shard, one.tip.vectors, one.tip.counts, one.finality) for one in manifest.resumes
     ]
     copy = signed(Manifest(resumes=tuple(resumes), parts=manifest.parts), key)
-    with tempfile.TemporaryDirectory() as scratch:
+    read = [manifest.name, *map(manifest.part_name, manifest.parts)]
+    with (
+        held(objects, manifest.chain_id, Kind.PIN, read),
+        held(target, manifest.chain_id, Kind.INTENT, [f"{copy.folder}/"]),
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         for part in manifest.parts:
             path = Path(scratch) / part.name
             objects.fetch_to(manifest.part_name(part), path)
             with contextlib.suppress(AlreadyThere):
-                objects.put_file_new(copy.part_name(part), path)
+                target.put_file_new(copy.part_name(part), path)
             path.unlink()
-    objects.put_new(copy.name, encode_manifest(copy))
+        target.put_new(copy.name, encode_manifest(copy))
     return copy
 
 

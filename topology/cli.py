@@ -33,6 +33,7 @@ _COMMANDS = {
     "restore": "topology.commands.restore:restore",
     "gc": "topology.commands.retention:gc",
     "prove-restorable": "topology.commands.retention:prove_restorable",
+    "drill": "topology.commands.drill:drill",
     "frame": "topology.commands.frames:frames",
     "archive": "topology.commands.archive:archive_group",
     "quarantine": "topology.commands.quarantine:quarantine",
