@@ -140,6 +140,21 @@ def test_a_node_and_a_snapshot(a: Site, b: Site, tmp_path: Path) -> None:
     assert [one["a"] for one in found["keys"]].count(bytes([*value[:-1], value[-1] ^ 1]).hex()) == 1
 
 
+def test_a_history_and_a_snapshot(a: Site, b: Site) -> None:
+    """A node whose journal goes back to a snapshot's height: by the root, and no key is named."""
+    height = PARTING + 69 - 6
+    found = different(compared(a.dir("p"), f"{url(b)}@{height}"))
+
+    assert (found["first_height"], found["by"]) == (height, "root")
+    assert "keys" not in found
+    assert compared(f"{url(a)}@{height}", a.dir("p")).ok() | {"read": {}} == {
+        "equal": True,
+        "height": height,
+        "by": "root",
+        "read": {},
+    }
+
+
 def test_limit(a: Site, b: Site) -> None:
     """So many keys and no more."""
     found = different(compared(url(a), url(b), "--limit", 3))

@@ -80,7 +80,7 @@ def _compare(a: Side, b: Side, limit: int) -> dict[str, Any]:
     history = _histories(a, b, limit)
     if history is not None and history.get("is_first"):
         return history
-    return _states(a, b, limit) or history or _nothing(a, b)
+    return _states(a, b, limit) or history or _roots(a, b) or _nothing(a, b)
 
 
 def _histories(a: Side, b: Side, limit: int) -> dict[str, Any] | None:
@@ -124,6 +124,25 @@ def _states(a: Side, b: Side, limit: int) -> dict[str, Any] | None:
     if not heights:
         return None
     return {"equal": True, "height": heights[-1], "by": "state"}
+
+
+def _roots(a: Side, b: Side) -> dict[str, Any] | None:
+    """Where one has a history and the other a state, by the root alone; None without such a height. The roots of a
+    history are those of shards: with several of them it says nothing of the whole."""
+    if a.shards != 1 or b.shards != 1:
+        return None
+    pairs = [
+        (height, root, name)
+        for name, one, other in (("a", a, b), ("b", b, a))
+        for height, root in other.roots().items()
+        if any(height in run for run in one.heights(0).runs)
+    ]
+    for height, root, name in sorted(pairs):
+        point = (a if name == "a" else b).point(0, height)
+        if point.root[: len(root)] != root:
+            document = {"equal": False, "first_height": height, "is_first": False, "by": "root"}
+            return document | {name: _point(point), "b" if name == "a" else "a": {"root": root.hex()}}
+    return {"equal": True, "height": max(pairs)[0], "by": "root"} if pairs else None
 
 
 def _nothing(a: Side, b: Side) -> NoReturn:
