@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from pipeline.archive import SegmentName, parse_segment_name
 from pipeline.errors import LeaseCorrupt, NotFound
 from pipeline.leases import Kind, Lease, LeaseName, Names, dead, decode_lease, encode_lease, parse_lease_name
-from pipeline.objects import LocalObjects, MemoryObjects, ObjectStore
+from pipeline.objects import LocalObjects, MemoryObjects, ObjectStore, open_objects
 from pipeline.plans import SegmentObject
 from pipeline.range_names import RangeName, RangeObject
 from pipeline.restorable import Hole, Span, restorable
@@ -157,6 +158,22 @@ def test_what_no_rule_keeps_goes(objects: LocalObjects, ferry: Ferry, tmp_path: 
     for height in (gone[0].height, newest.height):
         restored = restore(objects, tmp_path / str(height), Request(height=height), claimed=True)
         assert restored.meta.tip.root == ferry.headers[height].post_root
+
+
+def test_in_a_bucket(ferry: Ferry, s3_url: str, tmp_path: Path) -> None:
+    """The same behind S3: what no rule keeps goes, what a pin names stays until it ends."""
+    objects, (gone, *_, newest) = open_objects(s3_url), ferry.manifests
+    snapshots = LocalObjects(tmp_path / "snapshots")
+    for manifest in (gone, newest):
+        for name in (manifest.name, *map(manifest.part_name, manifest.parts)):
+            snapshots.put_new(name, ferry.objects.get(name))
+    copy_objects(snapshots, objects, tmp_path)
+    clock = timeless(time.time())
+    with held(objects, "walk", Kind.PIN, [f"{gone.folder}/"]):
+        assert collected(objects, Rules(last=1), clock=clock) == set()
+
+    assert collected(objects, Rules(last=1), clock=clock) == {gone.name, *map(gone.part_name, gone.parts)}
+    assert names(objects) == {newest.name, *map(newest.part_name, newest.parts)}
 
 
 def test_orphans_and_leftovers_go(objects: LocalObjects, ferry: Ferry, tmp_path: Path) -> None:
