@@ -44,6 +44,11 @@ def groups_of(shard: int, shards: int) -> range:
     return range(shard * size, (shard + 1) * size)
 
 
+def before_group(group: int) -> bytes:
+    """Where the storage keys of a group begin; empty: of the first, and behind the last."""
+    return group.to_bytes(2, "big") if 0 < group < KEY_GROUPS else b""
+
+
 def shard_of(storage_key: bytes, shards: int) -> int:
     """The shard that a storage key belongs to."""
     return key_group(storage_key) * shards // KEY_GROUPS

@@ -17,10 +17,10 @@ from pipeline.leases import Kind
 from pipeline.objects import AlreadyThere, ObjectStore
 from pipeline.parts import PART_RAW_BYTES_MAX, sum_parts
 from pipeline.plans import newest_names
-from pipeline.shards import groups_of
+from pipeline.shards import before_group, groups_of
 from pipeline.signature import SigningKey
 from pipeline.snapshot import Manifest, base_resume, encode_manifest, parse_manifest_name, parts_of, signed
-from pipeline.state import KEY_GROUPS, UTXO, Schema
+from pipeline.state import UTXO, Schema
 from pipeline.stores.base import Batch
 from pipeline.stores.rocksdb import RocksStore
 from topology import logs, restorer
@@ -85,7 +85,7 @@ def publish_base(
             parts_folder = scratch / _PARTS
             parts_folder.mkdir()
             runs = [groups_of(shard, generation.shards) for shard in range(generation.shards)]
-            entries = (store.scan(_before_group(run.start), _before_group(run.stop) or None) for run in runs)
+            entries = (store.scan(before_group(run.start), before_group(run.stop) or None) for run in runs)
             written = write_all(entries, parts_folder, 0, part_raw_bytes_max, report)
         finally:
             store.close()
@@ -95,11 +95,6 @@ def publish_base(
             counts = EMPTY_COUNTS | {schema.table_id: found.keys}
             resumes.append(base_resume(generation, shard, found.vectors, counts, finality))
         return publish(objects, written, resumes, report, key=key)
-
-
-def _before_group(group: int) -> bytes:
-    """Where the storage keys of a group begin; empty: of the first, and behind the last."""
-    return group.to_bytes(2, "big") if 0 < group < KEY_GROUPS else b""
 
 
 def _import(

@@ -11,6 +11,7 @@ quarantine/   evidence of a divergence, one folder each; while one is open the s
 renewing/     what will be the store, of the generation that followed (see `renewal`); in a shard's folder, what a
               worker restores beside its other shards (see `restoring`)
 squashing/    what range diffs are made of; in a shard's folder, where there are several
+rescaling/    parts for a generation with other shards, while it is made
 audits/       the last result of each level of `stateferry verify`
 prefetching/  what a primary's processes read ahead on; in a shard's folder, where there are several
 auditing/     what such an audit needs while it runs

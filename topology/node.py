@@ -150,7 +150,7 @@ class Node:
             self.store.write(Batch(meta={META_KEY: encode_meta(meta), PROOF_KEY: encode_proof(proof)}))
         else:
             meta = decode_meta(data)
-        self._check_generation(meta)
+        self.check_generation(meta)
         if meta.seq == 0 and meta.diffs.next_offset == 0:
             # A base state, published before the opening was: it takes finality from there.
             meta = replace(self._base_meta(), tip=meta.tip)
@@ -164,7 +164,8 @@ class Node:
     def _base_meta(self) -> Meta:
         return self.opening.meta(offset=0, digest=digest_of(self._opening_record))
 
-    def _check_generation(self, meta: Meta) -> None:
+    def check_generation(self, meta: Meta) -> None:
+        """What a store here holds must be of the generation in force. Raises WrongChain, GenerationEnded."""
         topics.check_chain(meta.chain_id, self.generation.chain_id, str(self.data_dir.path))
         if meta.generation != self.generation.generation:
             raise GenerationEnded(

@@ -22,6 +22,7 @@ from pipeline.shards import join_metas, stand_together
 from pipeline.verify import Proof
 from topology import logs, prefetching
 from topology.anchors import Anchoring
+from topology.building import held_meta
 from topology.data_dir import DataDir
 from topology.ending import Ending
 from topology.lead import Produce, State
@@ -99,6 +100,11 @@ class ShardSet:
     def open(self, produce: Callable[[int], Produce], split: ProduceTo) -> None:
         """Open every store. ``produce``: for a shard's frames. ``split``: for what the splitter writes. Raises what
         `Node.open` raises; what was opened then is to be closed."""
+        mine = {node.data_dir.store_path for node in self.nodes}
+        for found in self.data_dir.shard_dirs:
+            meta = None if found.store_path in mine else held_meta(found.store_path)
+            if meta is not None:
+                self.nodes[0].check_generation(meta)  # another generation had other shards
         for node in self.nodes:
             node.open(produce(node.shard), self._sealing)
         if self.role is Role.PRIMARY:

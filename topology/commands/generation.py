@@ -14,13 +14,17 @@ from pipeline.generation import Generation, Opening
 from pipeline.objects import ObjectStore, open_objects
 from pipeline.position import NO_WRITER, Meta
 from pipeline.replica import reign
-from pipeline.signature import SigningKey, check_signature
+from pipeline.shards import check_shards
+from pipeline.signature import check_signature
 from pipeline.snapshot import Manifest
 from topology import base_state, topics
 from topology.commands.common import ask_broker, common_options, emit, rows
+from topology.rescaling import rescale
 from topology.settings import Settings
 from topology.signing import required_signer, signing_key
 from topology.transports.base import Broker
+
+_SCRATCH_FOLDER = "rescaling"
 
 
 @click.group("generation")
@@ -45,9 +49,11 @@ def show(settings: Settings, as_json: bool) -> None:
 
 @generation_group.command("new")
 @click.option("--height", type=int, help="Of the snapshot to begin from. [default: the newest]")
+@click.option("--shards", type=int, help="How many it has, a power of two. [default: as many as before]")
 @common_options
-def new(settings: Settings, height: int | None, as_json: bool) -> None:
-    """End this generation and begin another from a snapshot: after a reorg deeper than finality, or a lost topic.
+def new(settings: Settings, height: int | None, shards: int | None, as_json: bool) -> None:
+    """End this generation and begin another from a snapshot: after a reorg deeper than finality, or a lost topic, or
+    with another number of shards.
 
     Every reader of the old topics stops at their end and says so; data directories are restored from the new
     generation's base; the source publishes again from its position.
@@ -61,34 +67,39 @@ def new(settings: Settings, height: int | None, as_json: bool) -> None:
         objects = open_objects(settings.objects_url)
         manifest = await asyncio.to_thread(base_state.newest_manifest, objects, ended, height)
         check_signature(manifest.signature, manifest.digest, required_signer(settings), manifest.name)
-        begun = await _begin(broker, objects, ended, manifest, signing_key(settings.sign_key_file))
+        wanted = Generation(
+            generation=secrets.token_bytes(16),
+            chain_id=ended.chain_id,
+            number=ended.number + 1,
+            previous=ended.generation,
+            base=manifest.tip.ref,
+            shards=manifest.shards if shards is None else check_shards(shards),
+        )
+        base = await asyncio.to_thread(_publish_base, settings, objects, manifest, wanted)
+        begun = await _begin(broker, ended, base_state.with_base(wanted, base), manifest.finality)
         return _document(begun) | {"ended": ended.generation.hex(), "from_manifest": manifest.name}
 
     document = ask_broker(settings, work)
     emit(document, as_json=as_json, text=lambda: rows(document))
 
 
-async def _begin(
-    broker: Broker, objects: ObjectStore, ended: Generation, manifest: Manifest, key: SigningKey | None
-) -> Generation:
-    """Base manifest first, then the record in `generations`, then the ends of the old partitions: a crash in between
-    leaves either the old generation, or the new one with old partitions that simply stop."""
-    wanted = Generation(
-        generation=secrets.token_bytes(16),
-        chain_id=ended.chain_id,
-        number=ended.number + 1,
-        previous=ended.generation,
-        base=manifest.tip.ref,
-        shards=manifest.shards,
-    )
-    base = await asyncio.to_thread(base_state.republish, objects, manifest, wanted, key)
-    in_force = await topics.open_generation(broker, base_state.with_base(wanted, base))
+def _publish_base(settings: Settings, objects: ObjectStore, manifest: Manifest, wanted: Generation) -> Manifest:
+    key = signing_key(settings.sign_key_file)
+    if wanted.shards == manifest.shards:
+        return base_state.republish(objects, manifest, wanted, key)
+    return rescale(objects, manifest, wanted, settings.data_dir / _SCRATCH_FOLDER, key=key)
+
+
+async def _begin(broker: Broker, ended: Generation, wanted: Generation, finality: int) -> Generation:
+    """The base manifest was first; then the record in `generations`, then the ends of the old partitions: a crash in
+    between leaves either the old generation, or the new one with old partitions that simply stop."""
+    in_force = await topics.open_generation(broker, wanted)
     for shard in range(ended.shards):
         meta = await _last_epoch(broker, ended, shard)
         if meta is not None:
             record = generations.encode_end(in_force, ended, shard=shard, epoch=meta.epoch + 1, writer=NO_WRITER)
             await broker.append(ended.diffs_topic, shard, [(None, record)])
-    await topics.ensure_openings(broker, in_force, manifest.finality)
+    await topics.ensure_openings(broker, in_force, finality)
     return in_force
 
 
