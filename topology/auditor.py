@@ -158,7 +158,7 @@ class Auditor:
         for done, one in enumerate(ranges, 1):
             with self.found.noting(one.name):
                 self._read_range(one, level)
-                self.found.counts += Counter(range_diffs=1, bytes=one.size_bytes)
+                self.found.counts.update(range_diffs=1, bytes=one.size_bytes)
             self.found.report("range diffs read", done, len(ranges))
 
     def _read_range(self, one: RangeObject, level: Level) -> None:
@@ -190,7 +190,7 @@ class Auditor:
         else:
             found = asyncio.run(self._in_processes([wanted[at::workers] for at in range(workers)], level))
         for fields in found:
-            self.found.counts += Counter(fields["counts"])
+            self.found.counts.update(fields["counts"])
             for fault in fields["faults"]:
                 with self.found.noting(fault["where"]):
                     raise children.raised(fault)
