@@ -4,7 +4,10 @@ The synthetic chain is archived and squashed. In bytes:
 
 * `full-snapshots`, the baseline: the whole state at every 64th block, in chunks as range diffs have them, with the same
   zstd. A few of them are made; the others are those bytes a key, times the keys there;
-* `segments`: every block, and so every height; `ranges`: what is squashed of them; `segments-and-ranges`: both.
+* `ranges`: range diffs of all levels, which are enough to restore at each of those blocks;
+* `segments`: every block, and so every height in between; `segments-and-ranges`: both.
+
+The baseline grows with the square of the chain, what is archived with its length.
 
 And in seconds, to the last archived height, into an empty directory, unproven:
 
