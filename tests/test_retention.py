@@ -13,11 +13,11 @@ import pytest
 from pipeline.archive import SegmentName, parse_segment_name
 from pipeline.errors import LeaseCorrupt, NotFound
 from pipeline.leases import Kind, Lease, LeaseName, Names, dead, decode_lease, encode_lease, parse_lease_name
-from pipeline.objects import LocalObjects, MemoryObjects, ObjectStore, open_objects
+from pipeline.objects import LocalObjects, MemoryObjects, ObjectInfo, ObjectStore, open_objects
 from pipeline.plans import SegmentObject
-from pipeline.range_names import RangeName, RangeObject
+from pipeline.range_names import PieceName, RangeName, RangeObject
 from pipeline.restorable import Hole, Span, restorable
-from pipeline.retention import Rules, Snapshot, judge, window_start
+from pipeline.retention import Rules, Snapshot, doomed, judge, window_start
 from pipeline.routes import History
 from pipeline.snapshot import Manifest, ManifestName
 from tests.ferries import Ferry, Killed, make_ferry
@@ -279,6 +279,23 @@ def test_a_listing_that_lies_is_not_asked_for_ever(objects: LocalObjects, monkey
 
     with pytest.raises(NotFound):
         restore_plans.plan_restore(objects, Request())
+
+
+def test_range_diffs_go_with_what_they_lead_over(ferry: Ferry) -> None:
+    """Those that end at or below the window; one that a pin names stays."""
+    snapshot = Snapshot(ManifestName("walk", b"g" * 16, 130, b"r" * 8), 0, ferry.manifests[0])
+    pieces = [
+        str(PieceName(RangeName("walk", b"g" * 16, 0, first, last), 1, 1))
+        for first, last in ((0, 63), (64, 127), (128, 191))
+    ]
+    infos = [ObjectInfo(name, 10) for name in (*pieces, str(segment(64, 130).name), str(segment(131, 191).name))]
+    verdicts = judge([snapshot], Rules(last=1), 0)
+
+    assert [one.name for one in doomed(infos, verdicts, Names(pieces[:1]), archive=True)] == [
+        infos[1].name,
+        infos[3].name,
+    ]
+    assert doomed(infos, verdicts, Names(), archive=False) == []
 
 
 # Promises

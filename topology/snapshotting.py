@@ -47,7 +47,7 @@ class Snapshotting:
         self._running: set[asyncio.Task[dict[str, Any]]] = set()
         self._last: Last | None = None
         self._due = Due(False, "on demand only" if not self._triggers.are_set else "not looked at yet")
-        self._trouble: StateferryError | None = None
+        self._trouble: Exception | None = None
 
     @property
     def status(self) -> dict[str, Any]:
@@ -68,7 +68,8 @@ class Snapshotting:
         next_s, seen = 0.0, -1
         while self._triggers.are_set and not stopping.is_set():
             height = self._archived_height()
-            if time.monotonic() >= next_s and (height != seen or self._triggers.seconds or self._trouble):
+            may_differ = height != seen or self._triggers.seconds or self._trouble or self._due.is_due
+            if time.monotonic() >= next_s and may_differ:
                 next_s, seen = time.monotonic() + LOOK_S, height
                 await self._follow_policy()
             with suppress(TimeoutError):
@@ -83,9 +84,9 @@ class Snapshotting:
             self._trouble = None
         except Diverged:
             raise
-        except StateferryError as error:
+        except (StateferryError, OSError) as error:
             self._trouble = error
-            log.warning("snapshot_not_taken", error=error.name, message=str(error))
+            log.warning("snapshot_not_taken", error=type(error).__name__, message=str(error))
 
     async def take(self, height: int | None) -> dict[str, Any]:
         """A snapshot, as `answers.snapshot`. Raises SnapshotCancelled, and what that raises."""
