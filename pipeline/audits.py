@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from pipeline import journal
-from pipeline.archive import Segment
+from pipeline.archive import Segment, SegmentName
 from pipeline.block import BlockRef
 from pipeline.commitment import lthash
 from pipeline.diff import Diff
@@ -161,15 +161,17 @@ def check_content(part: Part, name: str, entries: Iterable[tuple[bytes, bytes]])
     return found
 
 
-def check_filters(index: SegmentIndex, segment: Segment) -> None:
+def check_filters(name: SegmentName, segment: Segment) -> None:
     """A segment's filters, if it has any, are those of its frames: else a trace would pass by what they leave out.
     Raises SegmentCorrupt."""
+    data = segment.data
+    index = SegmentIndex.read(name, len(data), lambda start, stop: data[start:stop])
     if index.filters is not None:
         found = split_filters(build_filters(list(segment.frames())), len(segment.entries))
         if found != index.filters:
             raise SegmentCorrupt(
                 "the filters of a segment are not those of its frames",
-                where=str(index.name),
+                where=str(name),
                 way_out="delete it: a primary whose journal has those blocks archives them again",
             )
 

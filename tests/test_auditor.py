@@ -26,6 +26,9 @@ from topology.auditor import Auditor
 from topology.squasher import archives, squash
 
 
+SIGNER = bytes.fromhex("03a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b8")
+
+
 @pytest.fixture(scope="module")
 def ferry(tmp_path_factory: pytest.TempPathFactory) -> Ferry:
     return make_ferry(tmp_path_factory.mktemp("ferry"), events=400, snapshots=2)
@@ -209,7 +212,7 @@ def test_filters_that_leave_a_key_out(ferry: Ferry, objects: LocalObjects, tmp_p
 def test_a_signature_that_is_none(ferry: Ferry, objects: LocalObjects, tmp_path: Path) -> None:
     """Whoever requires none, an audit says that it is wrong."""
     manifest = ferry.manifests[0]
-    forged = replace(manifest, signature=Signature(bytes(32), bytes(64)))
+    forged = replace(manifest, signature=Signature(SIGNER, bytes(64)))
     put(objects, manifest.name, encode_manifest(forged))
 
     assert audit(tmp_path, Level.QUICK)[1] == [(SignatureWrong.__name__, manifest.name)]

@@ -1,7 +1,8 @@
 """The auditor: what stands in an object store, against its own manifests, indexes, digests and history.
 
 It notes every fault and goes on with the next object, so that one audit says all there is to say. What it needs on
-disk is in a scratch folder: a part at a time of each process, or the store of a replay.
+disk is in a scratch folder: a part at a time of each process, or the store of a replay. In memory it holds all names,
+the manifests, and four segments at most.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Auditor:
     def __init__(self, url: str, scratch: Path, *, chain: str | None = None, report: Report = no_report) -> None:
         self.found = Findings(open_objects(url), f"{chain}/" if chain else "", report)
         self.manifests: list[Manifest] = []
-        self.indexes: dict[SegmentName, SegmentIndex] = {}
+        self.segments: list[SegmentName] = []  # those whose index is sound
         self._url = url
         self._scratch = scratch
 
@@ -73,7 +74,7 @@ class Auditor:
             self._read_ranges(level)
             self._read_parts(level)
         elif level is Level.REPLAY:
-            Replayer(self.found, self._scratch, self.manifests, self.indexes).run(points)
+            Replayer(self.found, self._scratch, self.manifests, self.segments).run(points)
 
     # Records
 
@@ -99,10 +100,10 @@ class Auditor:
         """Of one shard, in the order of their heights."""
         furthest: SegmentIndex | None = None
         for name in names:
-            index = self.found.attempt(name, partial(self._read_index, name))
+            index = self.found.attempt(name, partial(self.found.read_index, name))
             if index is None:
                 continue
-            self.indexes[name] = index
+            self.segments.append(name)
             self.found.counts["segments"] += 1
             with self.found.noting(name):
                 if furthest is not None:
@@ -115,12 +116,6 @@ class Auditor:
                         check_snapshot(manifest, index)
             for point in points.get((name.generation, name.shard), ()):
                 self._check_entry(index, point)
-
-    def _read_index(self, name: SegmentName) -> SegmentIndex:
-        said = str(name)
-        return SegmentIndex.read(
-            name, self.found.sizes[said], lambda start, stop: self.found.objects.get_range(said, start, stop)
-        )
 
     def _check_entry(self, index: SegmentIndex, point: Point) -> None:
         entry = None if point.ref is None else index.entry(point.ref.height)
@@ -140,16 +135,16 @@ class Auditor:
         def check(name: SegmentName) -> int:
             segment = open_segment(self.found.objects.get(str(name)), name)
             if level is Level.CONTENT:
-                check_filters(self.indexes[name], segment)
+                check_filters(name, segment)
             return len(segment.data)
 
         def read(name: SegmentName) -> int:
             return self.found.attempt(name, partial(check, name)) or 0
 
         with ThreadPoolExecutor(_THREADS) as threads:
-            for done, size in enumerate(threads.map(read, self.indexes), 1):
+            for done, size in enumerate(threads.map(read, self.segments), 1):
                 self.found.counts["bytes"] += size
-                self.found.report("segments read", done, len(self.indexes))
+                self.found.report("segments read", done, len(self.segments))
 
     def _read_ranges(self, level: Level) -> None:
         """Range diffs that have all their pieces; what a crash left of others is no fault."""

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from pipeline.archive import SegmentName
 from pipeline.errors import CorruptInput, Diverged, NotFound, StateferryError, Unsupported, WrongChain
 from pipeline.objects import ObjectStore
+from pipeline.segment_index import SegmentIndex
 from topology.children import Report
 
 Result = TypeVar("Result")
@@ -46,6 +48,11 @@ class Findings:
         with self.noting(name):
             found.append(work())
         return found[0] if found else None
+
+    def read_index(self, name: SegmentName) -> SegmentIndex:
+        """Raises SegmentCorrupt, Unsupported, NotFound."""
+        said = str(name)
+        return SegmentIndex.read(name, self.sizes[said], lambda start, stop: self.objects.get_range(said, start, stop))
 
     def is_gone(self, name: str) -> bool:
         """Whether an object was deleted since it was listed."""

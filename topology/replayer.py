@@ -16,7 +16,6 @@ from pipeline.parts import Part, digest_file
 from pipeline.plans import SegmentObject, lead
 from pipeline.position import Meta, encode_meta
 from pipeline.restore import Replay, before_first
-from pipeline.segment_index import SegmentIndex
 from pipeline.snapshot import Manifest
 from pipeline.stores.base import META_KEY, Batch
 from pipeline.stores.rocksdb import RocksStore
@@ -32,17 +31,17 @@ class Replayer:
         found: Findings,
         scratch: Path,
         manifests: Sequence[Manifest],
-        indexes: Mapping[SegmentName, SegmentIndex],
+        segments: Sequence[SegmentName],
     ) -> None:
         self._found = found
         self._scratch = scratch
         self._manifests = manifests
-        self._indexes = indexes
+        self._segments = segments
 
     def run(self, points: Mapping[tuple[bytes, int], Sequence[Point]]) -> None:
         """Every shard of every generation, from the lowest state that its segments lead on from."""
         self._found.counts["frames"] = self._found.counts["snapshots_met"] = self._found.counts["points_met"] = 0
-        shards = {(name.generation, name.shard) for name in self._indexes}
+        shards = {(name.generation, name.shard) for name in self._segments}
         for generation, shard in sorted(shards):
             manifests = sorted(
                 (one for one in self._manifests if one.generation == generation and shard < one.shards),
@@ -50,7 +49,7 @@ class Replayer:
             )
             segments = [
                 SegmentObject(name, self._found.sizes[str(name)])
-                for name in self._indexes
+                for name in self._segments
                 if (name.generation, name.shard) == (generation, shard)
             ]
             self._replay_shard(shard, segments, manifests, points.get((generation, shard), ()))
@@ -76,7 +75,7 @@ class Replayer:
             reached = end
 
     def _first_parent(self, name: SegmentName) -> bytes:
-        index = self._indexes[name]
+        index = self._found.read_index(name)
         return frame.peek(self._found.objects.get_range(str(name), *index.place(index.entries[0]))).parent_hash
 
     def _replay_stretch(
@@ -92,7 +91,7 @@ class Replayer:
         store = RocksStore(path)
         try:
             if start is None:
-                meta = before_first(self._indexes[hops[0].name].resume)
+                meta = before_first(self._found.read_index(hops[0].name).resume)
             else:
                 meta = start.resumes[shard]
                 self._ingest(store, start, start.parts_of(shard))

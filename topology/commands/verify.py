@@ -128,7 +128,7 @@ def _audit(settings: Settings, level: Level) -> tuple[dict[str, Any], list[State
         auditor = Auditor(settings.objects_url, work, chain=chain, report=report)
         auditor.run(level, points)
         document["objects"] = dict(auditor.found.counts)
-        has_objects = auditor.manifests or auditor.indexes or auditor.found.faults
+        has_objects = auditor.manifests or auditor.segments or auditor.found.faults
         if document.get("store", {}) is None and not has_objects:
             raise NotFound(
                 "there is nothing to audit: no store in the data directory, and nothing in the object store",
