@@ -25,7 +25,6 @@ from topology import auditor as auditor_module
 from topology.auditor import Auditor
 from topology.squasher import archives, squash
 
-
 SIGNER = bytes.fromhex("03a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b8")
 
 
