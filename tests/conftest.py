@@ -20,6 +20,7 @@ from tests.kafka.fixtures import (  # noqa: F401
     on_kafka,
     own_kafka,
     place,
+    pytest_runtest_teardown,
     three_brokers,
 )
 from tests.s3 import s3_bucket, s3_url  # noqa: F401
@@ -46,7 +47,7 @@ def _weight(test: str) -> int:
 
 class _ByFile(LoadScopeScheduling):
     """What a file has for one broker goes to one process, because it is built on the same fixtures. But points of
-    torture stand alone, and whatever needs three brokers uses the same three."""
+    torture stand alone, and whatever needs three brokers, or secured ones, uses the same, which then end."""
 
     def __init__(self, config: pytest.Config, log: Any) -> None:
         super().__init__(config, log)
@@ -56,6 +57,8 @@ class _ByFile(LoadScopeScheduling):
         file, _, test = nodeid.partition("::")
         if any(word in nodeid for word in ("test_broker_loss.py", "kill-broker", "move-leader")):
             return "three brokers"
+        if "/security/" in file and "test_secret_files.py" not in file:
+            return "secured brokers"
         if "/torture/" in file:
             return nodeid
         return f"{file} {next((name for name in kafka_names() if name in test), '')}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -143,21 +143,38 @@ def kafka_place(url: str) -> Place:
     return Place(url=url, prefix=f"t{secrets.token_hex(4)}.")
 
 
-@pytest.fixture(scope="session")
-def three_brokers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Cluster]]:
-    """Gives a cluster of this process alone: started when it is first asked for, and whole whenever it is."""
-    made: list[Cluster] = []
+class ThreeBrokers:
+    """A cluster of this process alone: started when it is first asked for, and whole whenever it is."""
 
-    def get() -> Cluster:
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self._factory = factory
+        self._made: Cluster | None = None
+
+    def __call__(self) -> Cluster:
         need_tools()
-        if not made:
-            made.append(Cluster(tmp_path_factory.mktemp("cluster"), VERSION_DEFAULT))
-        made[0].start()
-        return made[0]
+        if self._made is None:
+            self._made = Cluster(self._factory.mktemp("cluster"), VERSION_DEFAULT)
+        self._made.start()
+        return self._made
 
-    yield get
-    for each in made:
-        each.kill()
+    def end(self) -> None:
+        if self._made is not None:
+            self._made.kill()
+
+
+@pytest.fixture(scope="session")
+def three_brokers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreeBrokers]:
+    brokers = ThreeBrokers(tmp_path_factory)
+    yield brokers
+    brokers.end()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Three brokers end with the last test in a row that uses them: idle ones take a tenth of a core."""
+    wanted = [*getattr(nextitem, "fixturenames", ())]
+    brokers = getattr(item, "funcargs", {}).get("three_brokers")
+    if brokers is not None and "three_brokers" not in wanted:
+        brokers.end()
 
 
 @pytest.fixture(params=kafka_versions())

@@ -16,7 +16,7 @@ from tests.kafka.server import VERSION_DEFAULT
 from tests.kafka.shared import run_folder, shared
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def secured_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Secured]]:
     """Gives the broker of a version, started when it is first asked for."""
     if os.environ.get("KAFKA_BOOTSTRAP"):
@@ -35,13 +35,13 @@ def secured_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callab
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def secured(secured_servers: Callable[[str], Secured]) -> Secured:
     """A broker of the newest version."""
     return secured_servers(VERSION_DEFAULT)
 
 
-@pytest.fixture(scope="session", params=kafka_versions())
+@pytest.fixture(scope="package", params=kafka_versions())
 def each_secured(request: pytest.FixtureRequest, secured_servers: Callable[[str], Secured]) -> Secured:
     """Brokers of every version that is asked for."""
     return secured_servers(request.param)

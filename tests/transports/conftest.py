@@ -22,12 +22,12 @@ PATIENCE_S = 60.0  # until a condition counts as never coming true; a starved ma
 
 def wait_until(condition: Callable[[], Any], what: str = "the condition") -> Any:
     """Return what ``condition`` gives once it is true."""
-    deadline_s = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline_s:
+    began_s = time.monotonic()
+    while (waited_s := time.monotonic() - began_s) < PATIENCE_S:
         value = condition()
         if value:
             return value
-        time.sleep(0.005)
+        time.sleep(min(0.005 + waited_s / 50, 0.03))
     raise AssertionError(f"{what} did not come true in {PATIENCE_S} s")
 
 
