@@ -28,7 +28,7 @@ from topology.holding import Clock
 from topology.restore_plans import Request
 from topology.restorer import Restored, restore
 
-SEEDS = int(os.environ.get("STATEFERRY_RACE_SEEDS", "3"))
+SEEDS = int(os.environ.get("STATEFERRY_RACE_SEEDS", "2"))
 RULES = Rules(last=1)
 
 
@@ -155,7 +155,7 @@ def test_race(
     race(seed, tmp_path, ferry, prepared, objects, restorers_count=4)
 
 
-@pytest.mark.parametrize("seed", range(SEEDS * 15))
+@pytest.mark.parametrize("seed", range(SEEDS * 20))
 def test_publishers_race(
     seed: int, tmp_path: Path, ferry: Ferry, prepared: list[Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -220,8 +220,6 @@ async def _follow(folder: Path, url: str, height: int, restored: Restored) -> di
         for role in ("primary", "replica"):
             options = ["--role", role, "--until-height", str(height), *(finality if role == "primary" else [])]
             await processes.command("run", *options, *places, "--data-dir", str(folder / role))
-        at = ["--data-dir", str(folder / "replica"), *places]
-        await processes.command("verify", "--level", "full", *at)
-        return await processes.command("root", *at)
+        return await processes.command("verify", "--level", "full", "--data-dir", str(folder / "replica"), *places)
     finally:
         await processes.close()
