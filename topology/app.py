@@ -181,6 +181,8 @@ class Application:
             await asyncio.wait({ending}, timeout=STOP_TIMEOUT_S)  # Faust's services take no cancellation meanwhile
             if not ending.done():
                 log.warning("stop_cut_short", seconds=STOP_TIMEOUT_S)
+            elif (error := ending.exception()) is not None:
+                log.warning("stop_failed", error=repr(error))  # the stores are closed behind it all the same
 
 
 def make_splitter(shard_set: ShardSet) -> Any:

@@ -48,6 +48,7 @@ EVENTS: Final[dict[str, str]] = {
     "node_quarantined": "error, evidence",
     "worker_failed": "error",  # and the traceback, of what nobody expected
     "stop_cut_short": "seconds",
+    "stop_failed": "error",
 }
 """Each with its fields. A call that logs another event, or other fields, fails a test; and so does an event here that
 nobody logs."""

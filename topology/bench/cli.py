@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,12 @@ def _notes(data: Path) -> list[str]:
 @click.group()
 def bench() -> None:
     """Measure this machine: every row beside what would be the most it can do."""
+    signal.signal(signal.SIGTERM, _terminated)
+
+
+def _terminated(*_: object) -> None:
+    """Unlike other commands this one has processes and folders of its own to end and remove."""
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 @bench.command()

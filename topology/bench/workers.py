@@ -57,15 +57,15 @@ def _serve(connection: Connection, make: Callable[..., Answering], arguments: tu
     worker: Answering | None = None
     try:
         while True:
-            try:
-                question = connection.recv()
-            except EOFError:
-                return
+            question = connection.recv()
             try:
                 worker = worker or make(*arguments)
-                connection.send((True, worker.answer(question)))
+                said = True, worker.answer(question)
             except Exception:
-                connection.send((False, traceback.format_exc()))
+                said = False, traceback.format_exc()
+            connection.send(said)
+    except (EOFError, BrokenPipeError):
+        return  # nobody asks any more
     finally:
         if worker is not None:
             worker.close()
