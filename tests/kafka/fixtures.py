@@ -74,7 +74,7 @@ class Shared(NamedTuple):
 
 def _start(version: str, folder: Path) -> tuple[int, Any]:
     behind = [Behind(free_port(), free_port()) for _ in range(PROXIES)]
-    server = Server(folder, version, behind=behind, java=JAVA_QUICK)
+    server = Server(folder, version, behind=behind, java=JAVA_QUICK, outlives=True)
     return server.start(), (server.bootstrap, behind)
 
 

@@ -46,7 +46,7 @@ class SecuredServer(Server):
     """A broker with all `LISTENERS`, and an authorizer that allows nothing but what ACLs say."""
 
     def __init__(self, folder: Path, version: str = VERSION_DEFAULT) -> None:
-        super().__init__(folder, version, java=JAVA_QUICK)
+        super().__init__(folder, version, java=JAVA_QUICK, outlives=True)
         self.ports = {name: free_port() for name in LISTENERS}
         self.authority = Authority(folder / "authority", "tests")
         for user in USERS:

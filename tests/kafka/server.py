@@ -100,7 +100,8 @@ class Server:
     """A broker and controller in one process. `start` formats the data once; `kill` and `start` is a crash.
 
     ``behind``: further listeners. ``peers``: the controllers of a cluster by node id, this one included, and the
-    cluster's id; without them it is alone.
+    cluster's id; without them it is alone. It ends with the process that started it, however that ends, unless
+    ``outlives``.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Server:
         peers: Mapping[int, int] | None = None,
         cluster: str = "",
         java: Sequence[str] = JAVA,
+        outlives: bool = False,
     ) -> None:
         self.folder = folder
         self.version = version
@@ -124,6 +126,8 @@ class Server:
         self._peers = peers or {node_id: free_port()}
         self._cluster = cluster or new_cluster()
         self._java_options = java
+        self._outlives = outlives
+        self._guard: subprocess.Popen[bytes] | None = None
 
     @property
     def bootstrap(self) -> str:
@@ -147,6 +151,9 @@ class Server:
             arguments = ("format", "-t", self._cluster, "-c", str(properties), *self._format_arguments())
             self._java("kafka.tools.StorageTool", *arguments).wait()
         self.process = self._java("kafka.Kafka", str(properties))
+        if not self._outlives:
+            guard = ["sh", "-c", 'read _; kill -9 "$0"', str(self.process.pid)]  # reads to the end of this process
+            self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0)
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while not self._takes_connections():
             if self.process.poll() is not None or time.monotonic() > deadline_s:
@@ -221,6 +228,10 @@ class Server:
         self._end(signal.SIGTERM)
 
     def _end(self, number: signal.Signals) -> None:
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            guard.kill()
+            guard.communicate()
         process, self.process = self.process, None
         if process is not None and process.poll() is None:
             process.send_signal(number)
