@@ -9,20 +9,20 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from pipeline.errors import SecretUnusable, SignatureMissing, SignatureWrong, UsageError
-from tests.chains import block_files
 from tests.topology.commands import Site, same_state
 
+FINAL = 23
 KEYS = [Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in (1, 2)]
 SIGNER, OTHER = (key.public_key().public_bytes_raw().hex() for key in KEYS)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """A primary at height 599, and its snapshot, signed."""
+    """A primary of finality 6 at height 29, and its snapshot, signed."""
     site = Site(tmp_path_factory.mktemp("signed") / "site")
     key_file(site.folder)
-    site.ingest(*block_files("mainnet_0_599"))
-    site.follow("primary", "p")
+    site.here("ingest", "synthetic", "--blocks", 30, "--changes", 20).ok()
+    site.follow("primary", "p", "--finality", 6)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STATEFERRY_SIGN_KEY_FILE", str(site.folder / "sign.pem"))
         taken = site.here("snapshot").ok()
@@ -45,11 +45,11 @@ def site(base: Site, tmp_path: Path) -> Site:
 def test_restore(site: Site) -> None:
     """The key that signed is taken; another is not, whatever else is right; nonsense is no key."""
     site.here("restore", "--require-signature", OTHER, node="r").failed(SignatureWrong)
-    site.here("restore", "--height", 100, "--require-signature", SIGNER, node="r").failed(SignatureMissing)
+    site.here("restore", "--height", 10, "--require-signature", SIGNER, node="r").failed(SignatureMissing)
     site.here("restore", "--require-signature", "ab", node="r").failed(UsageError)
     assert not (site.dir("r") / "store").exists()
 
-    assert site.here("restore", "--require-signature", SIGNER, node="r").ok()["height"] == 499
+    assert site.here("restore", "--require-signature", SIGNER, node="r").ok()["height"] == FINAL
     site.follow("replica", "r")
     same_state(site, ["p", "r"])
 
@@ -61,7 +61,7 @@ def test_an_unsigned_snapshot(site: Site) -> None:
     assert site.here("snapshot").ok()["signer"] is None
 
     site.here("restore", "--require-signature", SIGNER, node="r").failed(SignatureMissing)
-    assert site.here("restore", node="r").ok()["height"] == 499
+    assert site.here("restore", node="r").ok()["height"] == FINAL
 
 
 def test_a_new_generation(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
