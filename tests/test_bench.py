@@ -15,7 +15,7 @@ from pipeline.stores.base import META_KEY
 from pipeline.stores.rocksdb import RocksStore
 from tests.kafka.fixtures import Place
 from topology.bench import apply as apply_bench
-from topology.bench import loads, processes, report
+from topology.bench import large, loads, processes, report
 from topology.bench.cli import bench
 from topology.bench.report import Row, stages_of
 from topology.bench.topic_bytes import appended_bytes
@@ -116,6 +116,24 @@ def test_without_real_blocks_only_synthetic_rows_run(tmp_path: Path) -> None:
     assert [row["name"] for row in json.loads(result.stdout)][-1] == "synthetic-50-alone"
     assert len(json.loads(result.stdout)) == 4
     assert loads.WITHOUT_DATA.split(":", maxsplit=1)[0][:40] in result.stderr.replace("\n", " ")
+
+
+def test_snapshot() -> None:
+    """A snapshot of a small state, and a primary that went on beside it."""
+    rows = bench_rows("snapshot", "--quick")
+
+    assert list(rows) == ["apply-alone-20000", "apply-beside-20000", "snapshot-20000"]
+    assert rows["snapshot-20000"]["keys_per_s"] > 0 and rows["snapshot-20000"]["megabytes"] > 1
+    assert rows["apply-beside-20000"]["ratio"] > 0
+
+
+def test_apply_where_keys_live() -> None:
+    """Warm, cold, and cold with processes that read ahead; the last beside the one without."""
+    names = [f"keys-{large.KEYS_MIN}{kind}" for kind in ("", "-cold", "-cold-prefetch")]
+    rows = bench_rows("apply", "--keys", str(large.KEYS_MIN), "--quick")
+
+    assert list(rows) == names
+    assert [row["baseline"] for row in rows.values()] == [None, None, names[1]]
 
 
 def test_reads() -> None:

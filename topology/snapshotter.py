@@ -10,6 +10,7 @@ whoever started it, or by the next attempt.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,6 +51,8 @@ SCRATCH_FOLDER = "snapshotting"
 _COPY = "copy"
 _PARTS = "parts"
 _PUTTING_THREADS = 4
+_NICENESS = 10
+"""A snapshot has time; blocks have none."""
 _LOOKS_MAX = 60
 """At what was published, before it is given up: somebody else's manifest lacks parts that nobody puts again."""
 _LOOK_S = 1.0
@@ -306,6 +309,7 @@ def main() -> int:
     given = parser.parse_args()
 
     def work(report: Report) -> str:
+        os.nice(_NICENESS)
         return take_snapshot(
             given.store,
             given.scratch,

@@ -19,6 +19,7 @@ from topology.bench import pipeline as pipeline_bench
 from topology.bench import reads as reads_bench
 from topology.bench import restore as restore_bench
 from topology.bench import shards as shards_bench
+from topology.bench import snapshot as snapshot_bench
 from topology.bench import wire as wire_bench
 
 
@@ -83,7 +84,7 @@ def apply(
 ) -> None:
     """A primary's work on a block, against a bare write of the same changes."""
     if keys:
-        rows = large_bench.run(keys, turns=1 if quick else large_bench.TURNS)
+        rows = large_bench.run(keys, turns=1, turn_blocks=3) if quick else large_bench.run(keys)
         report.show("bench apply --keys", rows, as_json=as_json, notes=[])
         return
     rows = apply_bench.run(
@@ -189,6 +190,24 @@ def restore(sizes: tuple[int, ...], quick: bool, as_json: bool) -> None:
     """A restore from a snapshot, against replaying all frames and against copying files."""
     rows = restore_bench.run(sizes=sizes or ((20_000,) if quick else restore_bench.SIZES))
     report.show("bench restore", rows, as_json=as_json)
+
+
+@bench.command()
+@click.option(
+    "--keys",
+    "sizes",
+    type=click.IntRange(1),
+    multiple=True,
+    help="Keys in the state; may be repeated.",
+    show_default="2000000",
+)
+@_common
+def snapshot(sizes: tuple[int, ...], quick: bool, as_json: bool) -> None:
+    """A full snapshot, and what a primary beside it feels."""
+    rows = snapshot_bench.run(
+        sizes=sizes or ((20_000,) if quick else snapshot_bench.SIZES), blocks=5 if quick else snapshot_bench.BLOCKS
+    )
+    report.show("bench snapshot", rows, as_json=as_json)
 
 
 @bench.command()

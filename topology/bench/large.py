@@ -1,7 +1,7 @@
 """`bench apply --keys N`: a primary's work on a block where N keys live already, their files warm and cold.
 
 Blocks of 5,000 changes; half of the spends are of the last ten blocks, half of any age, all of them in the files.
-`keys-N` has the files in the system's cache, as after reading them once. Before every 20 blocks of `keys-N-cold` they
+`keys-N` has the files in the system's cache, as after reading them once. Before every 60 blocks of `keys-N-cold` they
 are dropped from there; `keys-N-cold-prefetch` as well, and processes read ahead (`topology.prefetching`), up to 32
 blocks, as a worker's do. The baseline of the warm rows is the first N, that of the row with processes the one without.
 """
@@ -37,7 +37,7 @@ from topology.prefetching import FOLDER, Prefetcher
 
 CHANGES = 5_000
 TURNS = 2
-_TURN_BLOCKS = 60
+TURN_BLOCKS = 60
 _CREATES = round(CHANGES / 1.8)
 _RECENT_BLOCKS = 10
 _TXID_BYTES = 32
@@ -45,7 +45,7 @@ _FILE_KEYS = 500_000
 _VALUE = b"a coin of sixty bytes, of which nobody looks at a single one"
 assert len(_VALUE) == 60
 
-KEYS_MIN = (TURNS + 1) * _TURN_BLOCKS * CHANGES // 4
+KEYS_MIN = (TURNS + 1) * TURN_BLOCKS * CHANGES // 4
 """Enough old coins for all blocks."""
 
 Txids = npt.NDArray[np.uint8]
@@ -80,7 +80,7 @@ class LargeApplier(Applier):
         super().close()
 
 
-def run(sizes: Sequence[int], turns: int = TURNS) -> list[Row]:
+def run(sizes: Sequence[int], *, turns: int = TURNS, turn_blocks: int = TURN_BLOCKS) -> list[Row]:
     """All rows, N by N."""
     rows: list[Row] = []
     for keys in sizes:
@@ -94,7 +94,7 @@ def run(sizes: Sequence[int], turns: int = TURNS) -> list[Row]:
                 place = folder / f"keys{kind}"
                 place.mkdir()
                 store.checkpoint(place / "store")
-                rows.append(_row(f"keys-{keys}{kind}", place, txids, turns))
+                rows.append(_row(f"keys-{keys}{kind}", place, txids, turns, turn_blocks))
                 shutil.rmtree(place)
             store.close()
     rates = {row.name: row.measures["changes_per_s"] for row in rows}
@@ -108,12 +108,12 @@ def run(sizes: Sequence[int], turns: int = TURNS) -> list[Row]:
     return list(map(beside, rows))
 
 
-def _row(name: str, place: Path, txids: Txids, turns: int) -> Row:
+def _row(name: str, place: Path, txids: Txids, turns: int, turn_blocks: int) -> Row:
     taken = Taken()
     events = _events(txids)
     with Worker(partial(LargeApplier, place, prefetches=name.endswith("-prefetch"))) as worker:
         for turn in range(turns + 1):
-            asked = list(islice(events, _TURN_BLOCKS))
+            asked = list(islice(events, turn_blocks))
             ready = _drop if "cold" in name else Path.read_bytes
             for file in (place / "store").glob("*.sst"):
                 ready(file)
@@ -121,7 +121,7 @@ def _row(name: str, place: Path, txids: Txids, turns: int) -> Row:
             if turn:  # the first one has the new processes in it
                 taken = taken.plus(answered)
         _, rss_mb = worker.ask(None)
-    changes = turns * _TURN_BLOCKS * CHANGES
+    changes = turns * turn_blocks * CHANGES
     return Row(
         name=name,
         measures={"changes_per_s": changes / taken.wall_s, "cpu_us_per_change": 1e6 * taken.cpu_s / changes},
