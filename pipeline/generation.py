@@ -129,18 +129,23 @@ def decode_generation(data: bytes) -> Generation:
 
 def history(records: Iterable[bytes]) -> list[Generation]:
     """All generations, from all records of the topic in order; the last one is in force. Each valid one follows the one
-    before."""
+    before. The first follows none, or one whose broker lost its topics."""
     found: list[Generation] = []
     for record in records:
         try:
             candidate = decode_generation(record)
         except FrameCorrupt:
             continue  # void: any writer may have been cut off
-        in_force = found[-1] if found else None
-        previous = NO_WRITER if in_force is None else in_force.generation
-        number = 1 if in_force is None else in_force.number + 1
-        chain = candidate.chain_id if in_force is None else in_force.chain_id
-        if (candidate.previous, candidate.number, candidate.chain_id) == (previous, number, chain):
+        if found:
+            last = found[-1]
+            follows = (candidate.previous, candidate.number, candidate.chain_id) == (
+                last.generation,
+                last.number + 1,
+                last.chain_id,
+            )
+        else:
+            follows = (candidate.number == 1) == (candidate.previous == NO_WRITER)
+        if follows:
             found.append(candidate)
     return found
 

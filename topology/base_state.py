@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.block import BlockRef
 from pipeline.diff import EMPTY_COUNTS
-from pipeline.errors import CoinsCorrupt, NotFound, WrongChain
+from pipeline.errors import CoinsCorrupt, NotFound, UsageError, WrongChain
 from pipeline.generation import Generation
 from pipeline.leases import Kind
 from pipeline.objects import AlreadyThere, ObjectStore
@@ -58,6 +58,25 @@ def newest_manifest(objects: ObjectStore, generation: Generation, height: int | 
             way_out="take one: `stateferry snapshot`",
         )
     return read_manifest(objects, str(found[0]))
+
+
+def newest_of_all(objects: ObjectStore, chain_id: str, height: int | None) -> Manifest:
+    """The newest snapshot, at or below a height, of the newest generation that has one. ``chain_id`` empty: the only
+    chain there is. Raises NotFound, UsageError (several chains), ManifestCorrupt."""
+    names = [name for info in objects.list() if (name := parse_manifest_name(info.name)) is not None]
+    chains = {name.chain_id for name in names} & ({chain_id} if chain_id else {name.chain_id for name in names})
+    if len(chains) > 1:
+        raise UsageError(
+            f"the object store holds several chains: {', '.join(sorted(chains))}", way_out="say which one: --chain"
+        )
+    found = newest_names([name for name in names if name.chain_id in chains], height)
+    if not found:
+        raise NotFound(
+            "the object store has no such snapshot",
+            way_out="make one of what is archived: `stateferry restore` into an empty directory, then `stateferry "
+            "snapshot` there",
+        )
+    return max((read_manifest(objects, str(name)) for name in found), key=lambda one: one.generation_number)
 
 
 def publish_base(

@@ -60,7 +60,8 @@ def renew(
     last one; what the restore raises. Then the old store is as it was.
     """
     held, wanted = _first_meta(data_dir), history[-1]
-    if held is None or held.generation not in {one.generation for one in history[:-1]}:
+    ended = {history[0].previous, *(one.generation for one in history[:-1])}  # the first's, if a broker was lost
+    if held is None or held.generation not in ended:
         raise why
     renewed = DataDir(data_dir.path / WORK_FOLDER)
     found = _first_meta(renewed)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from pipeline.errors import GenerationEnded, NotFound, RewindTooDeep
+from pipeline.errors import GenerationEnded, NotFound, RewindTooDeep, UsageError
 from pipeline.position import decode_meta
 from pipeline.stores.base import META_KEY
 from pipeline.stores.rocksdb import RocksStore
@@ -142,6 +143,30 @@ def test_a_running_replica_renews_itself(site: Site) -> None:
         site.wait_for("r", worker, height=A_END)
 
     is_renewed(site, "r")
+
+
+def test_a_broker_that_lost_everything(site: Site, tmp_path: Path) -> None:
+    """From the object store alone: the newest state, a snapshot of it, a generation, and the replica that was there."""
+    site.follow("primary", "p", "--until-height", A_END)
+    site.here("snapshot").ok()
+    lost = Site(tmp_path / "lost")
+    for path in (site.objects, site.dir("r")):
+        shutil.copytree(path, lost.folder / path.name)
+    lost.here("generation", "new").failed(NotFound)
+    lost.here("generation", "new", "--broker-lost", "--height", FORK).failed(NotFound)
+
+    newest = lost.here("restore", node="n").ok()["height"]
+    assert lost.here("snapshot", node="n").ok()["height"] == newest
+    begun = lost.here("generation", "new", "--broker-lost").ok()
+    assert (begun["number"], begun["previous"]) == (2, site.meta("r").generation.hex())
+    lost.here("generation", "new", "--broker-lost").failed(UsageError)
+
+    said = lost.ingest(*block_files(NAME, "genesis"), write_hex_lines(lost.folder / "a.hex", load_blocks(NAME, "A")))
+    assert (said["connected"], said["height"]) == (A_END - newest, A_END)
+    lost.follow("primary", "p2")
+    lost.follow("replica", "r")
+    is_renewed(lost, "r")
+    assert lost.muhash("r")["muhash"] == expected(NAME)[1]["muhash"]
 
 
 class Cut(BaseException):

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pipeline import generation as generations
-from pipeline.errors import NotFound
+from pipeline.errors import NotFound, UsageError
 from pipeline.generation import Generation, Opening
 from pipeline.objects import ObjectStore, open_objects
 from pipeline.position import NO_WRITER, Meta
@@ -50,34 +50,48 @@ def show(settings: Settings, as_json: bool) -> None:
 @generation_group.command("new")
 @click.option("--height", type=int, help="Of the snapshot to begin from. [default: the newest]")
 @click.option("--shards", type=int, help="How many it has, a power of two. [default: as many as before]")
+@click.option(
+    "--broker-lost", is_flag=True, help="The broker has no topics any more: go on from the object store alone."
+)
 @common_options
-def new(settings: Settings, height: int | None, shards: int | None, as_json: bool) -> None:
-    """End this generation and begin another from a snapshot: after a reorg deeper than finality, or a lost topic, or
-    with another number of shards.
+def new(settings: Settings, height: int | None, shards: int | None, broker_lost: bool, as_json: bool) -> None:
+    """End this generation and begin another from a snapshot: after a reorg deeper than finality, or a lost topic or
+    broker, or with another number of shards.
 
     Every reader of the old topics stops at their end and says so; data directories are restored from the new
     generation's base; the source publishes again from its position.
     """
 
     async def work(broker: Broker) -> dict[str, Any]:
-        ended = await topics.current_generation(broker)
-        if ended is None:
-            raise NotFound("there is no generation on this broker to end")
-        topics.check_chain(settings.chain, ended.chain_id, settings.broker_url)
-        objects = open_objects(settings.objects_url)
-        manifest = await asyncio.to_thread(base_state.newest_manifest, objects, ended, height)
+        ended, objects = await topics.current_generation(broker), open_objects(settings.objects_url)
+        if ended is not None and broker_lost:
+            raise UsageError(f"the broker has generation {ended.generation.hex()}", way_out="leave --broker-lost out")
+        if ended is None and not broker_lost:
+            raise NotFound(
+                "there is no generation on this broker to end", way_out="if it lost its topics: --broker-lost"
+            )
+        if ended is not None:
+            topics.check_chain(settings.chain, ended.chain_id, settings.broker_url)
+            manifest = await asyncio.to_thread(base_state.newest_manifest, objects, ended, height)
+        else:
+            manifest = await asyncio.to_thread(base_state.newest_of_all, objects, settings.chain, height)
         check_signature(manifest.signature, manifest.digest, required_signer(settings), manifest.name)
         wanted = Generation(
             generation=secrets.token_bytes(16),
-            chain_id=ended.chain_id,
-            number=ended.number + 1,
-            previous=ended.generation,
+            chain_id=manifest.chain_id,
+            number=manifest.generation_number + 1,
+            previous=manifest.generation,
             base=manifest.tip.ref,
             shards=manifest.shards if shards is None else check_shards(shards),
         )
+        # Base manifest, record in `generations`, ends of the old partitions: a crash in between leaves either the old
+        # generation, or the new one with old partitions that simply stop.
         base = await asyncio.to_thread(_publish_base, settings, objects, manifest, wanted)
-        begun = await _begin(broker, ended, base_state.with_base(wanted, base), manifest.finality)
-        return _document(begun) | {"ended": ended.generation.hex(), "from_manifest": manifest.name}
+        begun = await topics.open_generation(broker, base_state.with_base(wanted, base))
+        if ended is not None:
+            await _end(broker, ended, begun)
+        await topics.ensure_openings(broker, begun, manifest.finality)
+        return _document(begun) | {"ended": manifest.generation.hex(), "from_manifest": manifest.name}
 
     document = ask_broker(settings, work)
     emit(document, as_json=as_json, text=lambda: rows(document))
@@ -90,17 +104,13 @@ def _publish_base(settings: Settings, objects: ObjectStore, manifest: Manifest, 
     return rescale(objects, manifest, wanted, settings.data_dir / _SCRATCH_FOLDER, key=key)
 
 
-async def _begin(broker: Broker, ended: Generation, wanted: Generation, finality: int) -> Generation:
-    """The base manifest was first; then the record in `generations`, then the ends of the old partitions: a crash in
-    between leaves either the old generation, or the new one with old partitions that simply stop."""
-    in_force = await topics.open_generation(broker, wanted)
+async def _end(broker: Broker, ended: Generation, successor: Generation) -> None:
+    """End the partitions of a generation."""
     for shard in range(ended.shards):
         meta = await _last_epoch(broker, ended, shard)
         if meta is not None:
-            record = generations.encode_end(in_force, ended, shard=shard, epoch=meta.epoch + 1, writer=NO_WRITER)
+            record = generations.encode_end(successor, ended, shard=shard, epoch=meta.epoch + 1, writer=NO_WRITER)
             await broker.append(ended.diffs_topic, shard, [(None, record)])
-    await topics.ensure_openings(broker, in_force, finality)
-    return in_force
 
 
 async def _last_epoch(broker: Broker, ended: Generation, shard: int) -> Meta | None:
