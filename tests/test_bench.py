@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from pipeline.stores.base import META_KEY
 from pipeline.stores.rocksdb import RocksStore
 from tests.kafka.fixtures import Place
 from topology.bench import apply as apply_bench
-from topology.bench import large, loads, processes, report
+from topology.bench import large, loads, pareto, processes, report
 from topology.bench.cli import bench
 from topology.bench.report import Row, stages_of
 from topology.bench.topic_bytes import appended_bytes
@@ -134,6 +135,26 @@ def test_apply_where_keys_live() -> None:
 
     assert list(rows) == names
     assert [row["baseline"] for row in rows.values()] == [None, None, names[1]]
+
+
+def test_pareto(tmp_path: Path) -> None:
+    """Every choice at every interval, in the table, in the file and in the picture; the front is what nothing beats."""
+    rows = bench_rows("pareto", "--quick", "--out", str(tmp_path))
+
+    assert len(rows) == 6 * len(pareto.INTERVALS)
+    with (tmp_path / "pareto.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["restore_s"]) for line in lines] == pytest.approx(
+        [row["restore_s"] for row in rows.values()], 1e-4
+    )
+    assert 0 < sum(int(line["is_best"]) for line in lines) < len(lines)
+    for name in ("none", "zstd3"):
+        costs = [rows[f"{name}-every-{interval}"] for interval in pareto.INTERVALS]
+        assert [row["bytes_per_block"] for row in costs] == sorted(
+            (row["bytes_per_block"] for row in costs), reverse=True
+        )
+        assert [row["restore_s"] for row in costs] == sorted(row["restore_s"] for row in costs)
+    assert (tmp_path / "pareto.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_reads() -> None:

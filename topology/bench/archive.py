@@ -82,7 +82,8 @@ def _first_block(keys: int) -> Block:
     return Block(ref=BlockRef(0, block_hash), parent_hash=NO_HASH, time_s=1, tables={UTXO.name: ops})
 
 
-def _blocks(changes: int, keys: int, count: int) -> Iterator[Block]:
+def chain(changes: int, keys: int, count: int) -> Iterator[Block]:
+    """Blocks of the synthetic chain; with ``keys``, the first one creates those and no more."""
     if not keys:
         yield from synthetic.blocks(count, changes=changes, seed=1)
         return
@@ -131,7 +132,7 @@ class Builder:
         offset = replica.meta.diffs.next_offset
         points = range(LEVELS[0] - 1, blocks, LEVELS[0])
         weigh_at = set(points[-1 :: -max(1, len(points) // _MEASURED_POINTS)])
-        for walk, block in enumerate(_blocks(changes, keys, blocks), 1):
+        for walk, block in enumerate(chain(changes, keys, blocks), 1):
             (proposal,) = primary.propose(decode_event(loads.event_of(block, walk)), reading)
             for record in proposal.records:
                 primary.follow(record, offset)

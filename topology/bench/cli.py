@@ -15,6 +15,7 @@ from topology.bench import archive as archive_bench
 from topology.bench import backlog as backlog_bench
 from topology.bench import large as large_bench
 from topology.bench import loads, report
+from topology.bench import pareto as pareto_bench
 from topology.bench import pipeline as pipeline_bench
 from topology.bench import reads as reads_bench
 from topology.bench import restore as restore_bench
@@ -208,6 +209,22 @@ def snapshot(sizes: tuple[int, ...], quick: bool, as_json: bool) -> None:
         sizes=sizes or ((20_000,) if quick else snapshot_bench.SIZES), blocks=5 if quick else snapshot_bench.BLOCKS
     )
     report.show("bench snapshot", rows, as_json=as_json)
+
+
+@bench.command()
+@click.option("--keys", type=click.IntRange(1), help="Keys in the state.", show_default="500000")
+@click.option("--blocks", type=click.IntRange(8), help="Blocks on top.", show_default="256")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for pareto.csv and pareto.png.")
+@_common
+def pareto(keys: int | None, blocks: int | None, out: Path | None, quick: bool, as_json: bool) -> None:
+    """Bytes kept, snapshot cost and restore time over codec, level and interval."""
+    rows = pareto_bench.run(
+        keys=keys or (5_000 if quick else pareto_bench.KEYS),
+        blocks=blocks or (8 if quick else pareto_bench.BLOCKS),
+        changes=200 if quick else pareto_bench.CHANGES,
+        out=out,
+    )
+    report.show("bench pareto", rows, as_json=as_json)
 
 
 @bench.command()
