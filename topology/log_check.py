@@ -43,15 +43,10 @@ async def follow_back(broker: Broker, topic: str, replica: Replica, unread: Meta
     Raises LogLost when the journal does not reach far enough, OffsetOutOfRange when records in between are deleted.
     """
     shard = replica.meta.shard
-    first, _ = await broker.bounds(topic, shard)
-    if replica.meta.diffs.next_offset < first:
-        raise OffsetOutOfRange(
-            f"the diffs topic begins at offset {first}, this store follows from {replica.meta.diffs.next_offset}",
-            where=topic,
-            way_out="restore from a snapshot into an empty data directory: `stateferry restore`",
-        )
+    await _check_begins(broker, topic, replica.meta)
     from_seq, frames = replica.meta.seq, 0
     while not await holds(broker, topic, shard, replica.meta.diffs):
+        await _check_begins(broker, topic, replica.meta)  # somebody may be deleting just now
         if replica.meta.seq > 0:
             replica.take_back()
             frames += 1
@@ -67,6 +62,16 @@ async def follow_back(broker: Broker, topic: str, replica: Replica, unread: Meta
             from_seq=from_seq,
             to_seq=replica.meta.seq,
             why="the log lost its end: it holds no record, or another one, where this store had read one",
+        )
+
+
+async def _check_begins(broker: Broker, topic: str, meta: Meta) -> None:
+    first, _ = await broker.bounds(topic, meta.shard)
+    if meta.diffs.next_offset < first:
+        raise OffsetOutOfRange(
+            f"the diffs topic begins at offset {first}, this store follows from {meta.diffs.next_offset}",
+            where=topic,
+            way_out="restore from a snapshot into an empty data directory: `stateferry restore`",
         )
 
 
