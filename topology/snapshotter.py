@@ -51,7 +51,7 @@ SCRATCH_FOLDER = "snapshotting"
 _COPY = "copy"
 _PARTS = "parts"
 _PUTTING_THREADS = 4
-_NICENESS = 10
+_NICENESS = 19
 """A snapshot has time; blocks have none."""
 _LOOKS_MAX = 60
 """At what was published, before it is given up: somebody else's manifest lacks parts that nobody puts again."""
