@@ -38,7 +38,7 @@ from topology.transports.kafka_address import is_kafka
     help="Folder of mainnet blocks 0 to 599 and what their coins must be.",
 )
 @click.option(
-    "--blocks", type=click.IntRange(walk.BLOCKS_MIN), default=300, show_default=True, help="Synthetic ones on top."
+    "--blocks", type=click.IntRange(walk.BLOCKS_MIN), default=200, show_default=True, help="Synthetic ones on top."
 )
 @click.option("--changes", type=click.IntRange(2), default=2000, show_default=True, help="Of each synthetic block.")
 @click.option("--broker", metavar="URL", default="", help="A Kafka broker. [default: an embedded log in the directory]")
