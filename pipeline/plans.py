@@ -6,12 +6,12 @@ a segment from any height inside, or right below, to any other. `routes` finds t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.archive import SegmentName
-from pipeline.errors import ArchiveConflict
+from pipeline.errors import ArchiveConflict, UsageError
 from pipeline.parts import Part
 from pipeline.position import BEFORE_FIRST_HEIGHT
 from pipeline.range_names import RangeObject
@@ -196,6 +196,16 @@ def step_of(hop: Hop, at: int, stop: int) -> Step:
 
 
 # Parts that others need too
+
+
+def check_one_chain(chains: Collection[str], where: str = "") -> None:
+    """Whoever asked for no chain means the only one that an object store has. Raises UsageError if it has several."""
+    if len(chains) > 1:
+        raise UsageError(
+            f"the object store holds several chains: {', '.join(sorted(chains))}",
+            where=where,
+            way_out="say which one: --chain",
+        )
 
 
 def newest_names(names: Iterable[ManifestName], height: int | None) -> list[ManifestName]:

@@ -42,6 +42,13 @@ class Ferry:
         assert isinstance(self.node.store, RocksStore)
         return self.node.store
 
+    def damageable(self, path: Path) -> LocalObjects:
+        """A copy of the objects, for a test that spoils them."""
+        copy = LocalObjects(path)
+        for info in self.objects.list():
+            copy.put_new(info.name, self.objects.get(info.name))
+        return copy
+
     def run(self, *, snapshots: int) -> None:
         """Follow the whole walk, archiving; take so many snapshots on the way."""
         archiver = Archiver(self.objects)

@@ -42,10 +42,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def objects(ferry: Ferry, tmp_path: Path) -> LocalObjects:
     """A copy that a test may damage."""
-    copy = LocalObjects(tmp_path / "objects")
-    for info in ferry.objects.list():
-        copy.put_new(info.name, ferry.objects.get(info.name))
-    return copy
+    return ferry.damageable(tmp_path / "objects")
 
 
 def put(objects: LocalObjects, name: str, data: bytes) -> None:

@@ -56,10 +56,7 @@ def ferry(tmp_path_factory: pytest.TempPathFactory) -> Ferry:
 @pytest.fixture
 def objects(ferry: Ferry, tmp_path: Path) -> LocalObjects:
     """A copy that a test may damage."""
-    copy = LocalObjects(tmp_path / "objects")
-    for info in ferry.objects.list():
-        copy.put_new(info.name, ferry.objects.get(info.name))
-    return copy
+    return ferry.damageable(tmp_path / "objects")
 
 
 def pieces(objects: LocalObjects, first: int, last: int) -> list[PieceName]:

@@ -53,10 +53,7 @@ def ferry(tmp_path_factory: pytest.TempPathFactory) -> Ferry:
 
 @pytest.fixture
 def objects(ferry: Ferry, tmp_path: Path) -> LocalObjects:
-    copy = LocalObjects(tmp_path / "objects")
-    for info in ferry.objects.list():
-        copy.put_new(info.name, ferry.objects.get(info.name))
-    return copy
+    return ferry.damageable(tmp_path / "objects")
 
 
 def put(objects: LocalObjects, name: str, data: bytes) -> None:

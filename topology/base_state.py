@@ -11,12 +11,12 @@ from pathlib import Path
 
 from pipeline.block import BlockRef
 from pipeline.diff import EMPTY_COUNTS
-from pipeline.errors import CoinsCorrupt, NotFound, UsageError, WrongChain
+from pipeline.errors import CoinsCorrupt, NotFound, WrongChain
 from pipeline.generation import Generation
 from pipeline.leases import Kind
 from pipeline.objects import AlreadyThere, ObjectStore
 from pipeline.parts import PART_RAW_BYTES_MAX, sum_parts
-from pipeline.plans import newest_names
+from pipeline.plans import check_one_chain, newest_names
 from pipeline.shards import before_group, groups_of
 from pipeline.signature import SigningKey
 from pipeline.snapshot import Manifest, base_resume, encode_manifest, parse_manifest_name, parts_of, signed
@@ -65,10 +65,7 @@ def newest_of_all(objects: ObjectStore, chain_id: str, height: int | None) -> Ma
     chain there is. Raises NotFound, UsageError (several chains), ManifestCorrupt."""
     names = [name for info in objects.list() if (name := parse_manifest_name(info.name)) is not None]
     chains = {name.chain_id for name in names} & ({chain_id} if chain_id else {name.chain_id for name in names})
-    if len(chains) > 1:
-        raise UsageError(
-            f"the object store holds several chains: {', '.join(sorted(chains))}", way_out="say which one: --chain"
-        )
+    check_one_chain(chains)
     found = newest_names([name for name in names if name.chain_id in chains], height)
     if not found:
         raise NotFound(

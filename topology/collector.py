@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from pipeline.errors import ManifestCorrupt, NotFound, Unsupported, UsageError
+from pipeline.errors import ManifestCorrupt, NotFound, Unsupported
 from pipeline.leases import GRACE_S, LEASE_S, Kind, Lease, LeaseName, Names, dead, parse_lease_name
 from pipeline.objects import LocalObjects, ObjectInfo, ObjectStore
 from pipeline.objects.local import Draft
+from pipeline.plans import check_one_chain
 from pipeline.retention import Doomed, Rules, Snapshot, Verdict, doomed, judge
 from pipeline.snapshot import Manifest, parse_manifest_name
 from topology import logs
@@ -59,8 +60,7 @@ def chain_of(objects: ObjectStore, chain_id: str) -> str:
     if chain_id:
         return chain_id
     found = sorted({info.name.split("/", 1)[0] for info in objects.list() if "/" in info.name})
-    if len(found) > 1:
-        raise UsageError(f"the object store holds several chains: {', '.join(found)}", way_out="say which one: --chain")
+    check_one_chain(found)
     if not found:
         raise NotFound("the object store is empty", way_out="check --objects")
     return found[0]

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.archive import parse_segment_name
-from pipeline.errors import ManifestCorrupt, ObjectMissing, SignatureMissing, UsageError
+from pipeline.errors import ManifestCorrupt, ObjectMissing, SignatureMissing
 from pipeline.objects import ObjectStore
 from pipeline.objects.files import written_whole
-from pipeline.plans import RestorePlan, SegmentObject, SnapshotObject, newest_names
+from pipeline.plans import RestorePlan, SegmentObject, SnapshotObject, check_one_chain, newest_names
 from pipeline.range_names import PieceName, RangeName, parse_piece_name, whole_ranges
 from pipeline.routes import History, find_route
 from pipeline.signature import check_signature
@@ -67,10 +67,7 @@ class _Listing:
                 self.segments.append(SegmentObject(segment, size))
             elif piece is not None and piece.of not in refused:
                 pieces.append((piece, size))
-        if len(chains) > 1:
-            raise UsageError(
-                f"the object store holds several chains: {', '.join(sorted(chains))}", way_out="say which one: --chain"
-            )
+        check_one_chain(chains)
         self.ranges = whole_ranges(pieces)
         self.snapshots = [
             SnapshotObject(name, sum(sizes[name.folder]), len(sizes[name.folder]) - 1)

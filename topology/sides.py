@@ -18,10 +18,11 @@ from pipeline.archive import Committed, SegmentName, parse_segment_name
 from pipeline.audits import check_digest
 from pipeline.comparison import Difference, Entries, Heights, Point, differing_entries, differing_runs
 from pipeline.diff import Diff, decode_whole_body
-from pipeline.errors import NotFound, PartCorrupt, StoreCorrupt, UsageError
+from pipeline.errors import NotFound, PartCorrupt, StoreCorrupt
 from pipeline.journal import Entry
 from pipeline.objects import ObjectStore
 from pipeline.parts import Part, digest_file
+from pipeline.plans import check_one_chain
 from pipeline.position import Meta
 from pipeline.segment_index import SegmentIndex
 from pipeline.shards import join_metas, stand_together
@@ -302,10 +303,7 @@ def _listed(
     chains = {one.chain_id for one in manifests} | {one.chain_id for one in segments}
     if not chains:
         raise NotFound("there is no snapshot and no archive", where=where)
-    if len(chains) > 1:
-        raise UsageError(
-            f"the object store holds several chains: {', '.join(sorted(chains))}", where=where, way_out="--chain"
-        )
+    check_one_chain(chains, where)
     return manifests, segments
 
 

@@ -14,10 +14,11 @@ from typing import NamedTuple
 from pipeline import frame
 from pipeline.archive import IndexEntry, SegmentName, covered_to, parse_segment_name
 from pipeline.diff import Diff, decode_whole_body
-from pipeline.errors import NotFound, SegmentCorrupt, UsageError
+from pipeline.errors import NotFound, SegmentCorrupt
 from pipeline.frame import NO_HASH, Header
 from pipeline.objects import ObjectStore
 from pipeline.parts import Part
+from pipeline.plans import check_one_chain
 from pipeline.range_names import RangeName, parse_piece_name, whole_ranges
 from pipeline.segment_index import SegmentIndex
 from pipeline.shards import shard_of
@@ -71,10 +72,7 @@ class Tracer:
         chains = {name.chain_id for name in self.manifests} | {name.chain_id for name in self.segments}
         if not chains:
             raise NotFound("there is no snapshot and no archive in the object store")
-        if len(chains) > 1:
-            raise UsageError(
-                f"the object store holds several chains: {', '.join(sorted(chains))}", way_out="say which one: --chain"
-            )
+        check_one_chain(chains)
 
     # Keys
 

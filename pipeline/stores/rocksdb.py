@@ -115,6 +115,14 @@ def _named(text: str, where: str) -> StateferryError | None:
     return None
 
 
+def _once_through() -> ReadOptions:
+    """For whoever reads much of a store, and each entry once."""
+    options = ReadOptions()
+    options.fill_cache(False)  # an audit must not push the working set out of the cache
+    options.set_readahead_size(2 << 20)
+    return options
+
+
 class Memory(NamedTuple):
     """What RocksDB holds; its bounds are `MEMTABLES_BYTES_MAX` and `BLOCK_CACHE_BYTES`."""
 
@@ -211,9 +219,7 @@ class RocksStore:
 
     def scan(self, start: bytes = b"", stop: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         snapshot = self._state.snapshot()
-        options = ReadOptions()
-        options.fill_cache(False)  # an audit must not push the working set out of the cache
-        options.set_readahead_size(2 << 20)
+        options = _once_through()
         if stop is not None:
             options.set_iterate_upper_bound(stop)
         iterator = snapshot.iter(options)
@@ -234,9 +240,7 @@ class RocksStore:
         StoreCorrupt."""
         count = 0
         for family in (self._state, self._undo, self._meta):
-            options = ReadOptions()
-            options.fill_cache(False)
-            options.set_readahead_size(2 << 20)
+            options = _once_through()
             iterator = family.iter(options)
             iterator.seek_to_first()
             while iterator.valid():

@@ -31,11 +31,10 @@ from typing import Any
 from blake3 import blake3
 
 from pipeline.archive import parse_segment_name
-from pipeline.block import Block, BlockRef, Op, Ops, decode_event
+from pipeline.block import Block, BlockRef, Op, Ops
 from pipeline.delta import encode_whole
 from pipeline.frame import NO_HASH
 from pipeline.objects.local import LocalObjects
-from pipeline.primary import Primary, Reading
 from pipeline.range_names import parse_piece_name
 from pipeline.ranges import CHUNK_CHANGES_MAX, pack_chunk
 from pipeline.sources import synthetic
@@ -125,19 +124,12 @@ class Builder:
 
     def _archive(self, blocks: int, changes: int, keys: int) -> None:
         replica = loads.open_replica(self._store, archives=True, finality=FINALITY)
-        primary = Primary(replica)
+        primary = loads.ReadBack(replica)
         archiver = Archiver(self._objects)
-        reading = Reading(first=0, last=0, digest=NO_HASH, previous_digest=NO_HASH)
-        primary.propose(loads.source_epoch(), reading)
-        offset = replica.meta.diffs.next_offset
         points = range(LEVELS[0] - 1, blocks, LEVELS[0])
         weigh_at = set(points[-1 :: -max(1, len(points) // _MEASURED_POINTS)])
         for walk, block in enumerate(chain(changes, keys, blocks), 1):
-            (proposal,) = primary.propose(decode_event(loads.event_of(block, walk)), reading)
-            for record in proposal.records:
-                primary.follow(record, offset)
-                offset += 1
-            replica.commit()
+            primary.commit(loads.event_of(block, walk))
             archiver.advance(replica, proven=True)
             if block.ref.height in points:
                 self._keys.append(replica.meta.tip.counts[UTXO.table_id])

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from pipeline import frame
 from pipeline.apply import apply_block
-from pipeline.block import Block, BlockRef, Connect, SourceEpoch, SourceStamp, encode_event
+from pipeline.block import Block, BlockRef, Connect, SourceEpoch, SourceStamp, decode_event, encode_event
 from pipeline.delta import TableDiff
 from pipeline.diff import EMPTY_COUNTS, EMPTY_VECTORS, Diff
 from pipeline.generation import FINALITY_DEFAULT, Generation, Opening, encode_opening
 from pipeline.position import Meta
-from pipeline.primary import epoch_frame
+from pipeline.primary import Primary, Proposal, Reading, epoch_frame
 from pipeline.replica import Replica
+from pipeline.seal import Sealer, seal_at_once
 from pipeline.sources import synthetic
 from pipeline.sources.bitcoin import parse_block, parse_header
 from pipeline.sources.bitcoin_files import read_base_coins, read_blocks
@@ -90,6 +91,27 @@ def open_replica(
     replica.step(epoch_frame(replica.meta, _WRITER), 1)
     replica.commit()
     return replica
+
+
+class ReadBack:
+    """A primary whose frames are read back as soon as they are made, an event a commit, with no broker in between.
+    Where events stand on the blocks topic does not matter."""
+
+    def __init__(self, replica: Replica, *, sealer: Sealer = seal_at_once) -> None:
+        self._replica = replica
+        self._primary = Primary(replica, sealer=sealer)
+        self._reading = Reading(first=0, last=0, digest=frame.NO_HASH, previous_digest=frame.NO_HASH)
+        self._offset = replica.meta.diffs.next_offset
+        self._primary.propose(source_epoch(), self._reading)
+
+    def commit(self, event: bytes) -> Proposal:
+        """The frame of an event that connects a block."""
+        (proposal,) = self._primary.propose(decode_event(event), self._reading)
+        for record in proposal.records:
+            self._primary.follow(record, self._offset)
+            self._offset += 1
+        self._replica.commit()
+        return proposal
 
 
 def _meta(opening: Opening) -> Meta:

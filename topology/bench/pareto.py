@@ -31,9 +31,7 @@ import cramjam
 import zstandard
 from rocksdict import DBCompressionType, SstFileWriter
 
-from pipeline.block import decode_event
-from pipeline.frame import NO_HASH, decode
-from pipeline.primary import Primary, Reading
+from pipeline.frame import decode
 from pipeline.restore import Replay
 from pipeline.stores.rocksdb import RocksStore, state_options
 from topology.bench import loads
@@ -122,17 +120,11 @@ class Weigher:
     def _apply(self, blocks: int, changes: int, keys: int) -> tuple[list[bytes], float]:
         """The whole form of each block, uncompressed, and what a restore takes for one."""
         replica = loads.open_replica(self._store, finality=FINALITY)
-        primary = Primary(replica)
-        reading = Reading(first=0, last=0, digest=NO_HASH, previous_digest=NO_HASH)
-        primary.propose(loads.source_epoch(), reading)
-        offset, bodies, frames = replica.meta.diffs.next_offset, list[bytes](), list[bytes]()
+        primary = loads.ReadBack(replica)
+        bodies, frames = list[bytes](), list[bytes]()
         start = replica.meta
         for walk, block in enumerate(chain(changes, keys, blocks + 1), 1):
-            (proposal,) = primary.propose(decode_event(loads.event_of(block, walk)), reading)
-            for record in proposal.records:
-                primary.follow(record, offset)
-                offset += 1
-            replica.commit()
+            proposal = primary.commit(loads.event_of(block, walk))
             if walk == 1:
                 start = replica.meta
                 self._store.checkpoint(self._folder / "before")

@@ -22,10 +22,8 @@ from typing import Any
 
 from blake3 import blake3
 
-from pipeline.block import Block, BlockRef, Op, Ops, decode_event
-from pipeline.frame import NO_HASH
+from pipeline.block import Block, BlockRef, Op, Ops
 from pipeline.objects.local import LocalObjects
-from pipeline.primary import Primary, Reading
 from pipeline.state import UTXO
 from pipeline.stores.rocksdb import RocksStore
 from topology import restorer, snapshotter
@@ -72,19 +70,12 @@ class Builder:
 
     def answer(self, keys: int) -> tuple[int, int]:
         replica = loads.open_replica(self._store, finality=FINALITY)
-        primary = Primary(replica)
-        reading = Reading(first=0, last=0, digest=NO_HASH, previous_digest=NO_HASH)
-        primary.propose(loads.source_epoch(), reading)
+        primary = loads.ReadBack(replica)
         count = max(-(-keys // (_CREATES - _SPENDS)), 1) + FINALITY
-        offset = replica.meta.diffs.next_offset
         with (self._folder / _FRAMES).open("wb") as file:
             for walk, block in enumerate(islice(growing_blocks(), count), 1):
-                (proposal,) = primary.propose(decode_event(loads.event_of(block, walk)), reading)
-                for record in proposal.records:
-                    primary.follow(record, offset)
+                for record in primary.commit(loads.event_of(block, walk)).records:
                     file.write(len(record).to_bytes(4, "little") + record)
-                    offset += 1
-                replica.commit()
         copy = self._folder / "copy"
         self._store.checkpoint(copy)
         self._store.checkpoint(self._folder / _CHECKPOINT)

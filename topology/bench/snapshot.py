@@ -21,10 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.block import decode_event
-from pipeline.frame import NO_HASH
 from pipeline.position import Tip
-from pipeline.primary import Primary, Reading
 from pipeline.snapshot import decode_manifest
 from pipeline.state import UTXO
 from pipeline.stores.rocksdb import RocksStore
@@ -52,17 +49,14 @@ class Growing:
         self._store = RocksStore(folder / _STORED)
         self._sealing = Sealing()
         self._replica = loads.open_replica(self._store, finality=FINALITY)
-        self._primary = Primary(self._replica, sealer=self._sealing.submit)
-        self._reading = Reading(first=0, last=0, digest=NO_HASH, previous_digest=NO_HASH)
-        self._primary.propose(loads.source_epoch(), self._reading)
+        self._primary = loads.ReadBack(self._replica, sealer=self._sealing.submit)
         self._coming = enumerate(growing_blocks(), 1)
-        self._offset = self._replica.meta.diffs.next_offset
 
     def answer(self, asked: int | Path | None) -> Any:
         match asked:
             case int():
                 while self._tip.counts[UTXO.table_id] < asked or self._tip.height <= FINALITY:
-                    self._commit(next(self._events(1)))
+                    self._primary.commit(next(self._events(1)))
                 return None
             case Path():
                 return self._store.checkpoint(asked)
@@ -76,18 +70,11 @@ class Growing:
     def _events(self, count: int) -> Any:
         return (loads.event_of(block, walk) for walk, block in islice(self._coming, count))
 
-    def _commit(self, event: bytes) -> None:
-        for proposal in self._primary.propose(decode_event(event), self._reading):
-            for record in proposal.records:
-                self._primary.follow(record, self._offset)
-                self._offset += 1
-        self._replica.commit()
-
     def _paced(self) -> list[float]:
         events, took_ms = list(self._events(self._blocks)), []
         for event in events:
             start = time.perf_counter()
-            self._commit(event)
+            self._primary.commit(event)
             taken_s = time.perf_counter() - start
             took_ms.append(1000 * taken_s)
             time.sleep(max(0.0, _INTERVAL_S - taken_s))

@@ -22,11 +22,10 @@ from pathlib import Path
 import msgpack
 
 from pipeline import delta, frame
-from pipeline.block import Block, decode_event
+from pipeline.block import Block
 from pipeline.codec import Codec, compress
 from pipeline.delta import TableDiff
 from pipeline.diff import decode_whole_body
-from pipeline.primary import Primary, Reading
 from pipeline.state import UTXO
 from pipeline.stores.memory import MemoryStore
 from topology.bench import loads
@@ -62,17 +61,12 @@ def load_rows(
 ) -> list[Row]:
     """All encodings of the blocks from ``skip`` on. ``real``: the base that the only block stands on."""
     replica = loads.open_replica(MemoryStore(), real)
-    primary = Primary(replica)
-    reading = Reading(first=0, last=0, digest=frame.NO_HASH, previous_digest=frame.NO_HASH)
-    primary.propose(loads.source_epoch(), reading)
+    primary = loads.ReadBack(replica)
     archived_bytes = 0
     records: list[bytes] = []
     diffs: list[TableDiff] = []
     for walk, block in enumerate(blocks, 1):
-        (proposal,) = primary.propose(decode_event(loads.event_of(block, walk)), reading)
-        for offset, record in enumerate(proposal.records, replica.meta.diffs.next_offset):
-            primary.follow(record, offset)
-        replica.commit()
+        proposal = primary.commit(loads.event_of(block, walk))
         if walk > skip:
             records += proposal.records
             archived_bytes += len(proposal.step.whole)
