@@ -66,6 +66,7 @@ class Prefetcher:
         self._submitted = 0
         self._waiting: queue.SimpleQueue[bytes | Path | None] = queue.SimpleQueue()
         self._waiting_bytes = 0
+        self._counting = threading.Lock()  # of those bytes, by both threads
         shutil.rmtree(folder, ignore_errors=True)
         context = multiprocessing.get_context("spawn")
         self._counts = context.RawArray(ctypes.c_uint64, processes)
@@ -96,7 +97,8 @@ class Prefetcher:
         self._submitted += 1
         if self._submitted % _REFRESH_EVENTS == 0:
             self._refresh()
-        self._waiting_bytes += len(record)
+        with self._counting:
+            self._waiting_bytes += len(record)
         self._waiting.put(record)
 
     def _refresh(self) -> None:
@@ -116,7 +118,8 @@ class Prefetcher:
                     shutil.rmtree(previous, ignore_errors=True)  # whoever has its files open goes on with them
                 previous = item
                 continue
-            self._waiting_bytes -= len(item)
+            with self._counting:
+                self._waiting_bytes -= len(item)
             if not _continues(item):
                 turn = (turn + 1) % len(self._readers)
             self._tell([self._readers[turn]], item)
