@@ -31,6 +31,7 @@ from pipeline.key_filter import build_filters, split_filters
 from pipeline.meeting import own_final
 from pipeline.parts import Part
 from pipeline.position import Meta, Tip
+from pipeline.range_names import RangeName
 from pipeline.ranges import RangeDiff
 from pipeline.segment_index import SegmentIndex
 from pipeline.snapshot import Manifest
@@ -48,7 +49,7 @@ class Level(enum.Enum):
     STORED = "stored"  # all bytes: checksums of the store, digests of parts and segments
     CONTENT = "content"  # keys of every part, hashed to its partials
     FULL = "full"  # keys of the store, hashed to its vectors
-    REPLAY = "replay"  # archived frames applied to an empty state, or the lowest snapshot
+    REPLAY = "replay"  # archived frames and range diffs applied to an empty state, or the lowest snapshot
 
 
 class Point(NamedTuple):
@@ -226,6 +227,17 @@ def check_replayed(tip: Tip, manifest: Manifest, shard: int) -> None:
             f"{said.root.hex()}",
             where=manifest.name,
             way_out="delete this manifest and take a new snapshot",
+        )
+
+
+def check_ranged(tip: Tip, name: RangeName, led_to: Tip) -> None:
+    """A replay that came to a range diff's last height has the state that this one led to. Raises AuditFailed."""
+    if replace(tip, seq=led_to.seq) != led_to:
+        raise AuditFailed(
+            f"a replay of the archive leads to {tip.ref}, root {tip.root.hex()}, a range diff to {led_to.ref}, root "
+            f"{led_to.root.hex()}",
+            where=str(name),
+            way_out="delete its pieces: `stateferry archive squash` makes it again",
         )
 
 

@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 
 from pipeline import archive, frame, ranges
+from pipeline import squash as squashing
 from pipeline.archive import Segment, build_segment
 from pipeline.audits import Level, Point, check_journal, store_points
 from pipeline.block import BlockRef
 from pipeline.commitment import lthash
-from pipeline.diff import decode_whole_body, join_tables
+from pipeline.delta import table_diff
+from pipeline.diff import Diff, decode_whole_body, join_tables
 from pipeline.errors import AuditFailed, Diverged, RangeCorrupt, SegmentCorrupt, SignatureWrong, StoreCorrupt
 from pipeline.objects import LocalObjects
-from pipeline.ranges import Piece
+from pipeline.ranges import Piece, RangeWriter
 from pipeline.sections import Layout
 from pipeline.signature import Signature
 from pipeline.snapshot import Manifest, encode_manifest
+from pipeline.state import UTXO
 from tests.ferries import Ferry, make_ferry
 from topology import auditor as auditor_module
 from topology.auditor import Auditor
@@ -30,7 +33,7 @@ SIGNER = bytes.fromhex("03a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664
 
 @pytest.fixture(scope="module")
 def ferry(tmp_path_factory: pytest.TempPathFactory) -> Ferry:
-    return make_ferry(tmp_path_factory.mktemp("ferry"), events=400, snapshots=2)
+    return make_ferry(tmp_path_factory.mktemp("ferry"), events=500, snapshots=2)
 
 
 @pytest.fixture(autouse=True)
@@ -215,8 +218,9 @@ def test_a_signature_that_is_none(ferry: Ferry, objects: LocalObjects, tmp_path:
 
 
 @pytest.fixture
-def ranged(objects: LocalObjects, tmp_path: Path) -> LocalObjects:
-    """With range diffs of 64 blocks."""
+def ranged(objects: LocalObjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalObjects:
+    """With range diffs of 64 and 128 blocks."""
+    monkeypatch.setattr(squashing, "LEVELS", (64, 128))
     for one in archives(objects):
         assert list(squash(objects, one, tmp_path / "squashing"))
     return objects
@@ -234,6 +238,53 @@ def test_range_diffs(ranged: LocalObjects, tmp_path: Path) -> None:
     put(ranged, names[0], rejoined(data, ranges.Section.HEAD, lambda _: lying, ranges.LAYOUT))
     assert audit(tmp_path, Level.STORED, name="lying")[1] == []
     assert [name for name, _ in audit(tmp_path, Level.CONTENT, name="lying")[1]] == [AuditFailed.__name__]
+    assert [name for name, _ in audit(tmp_path, Level.REPLAY, name="lying")[1]] == [RangeCorrupt.__name__]
     put(ranged, names[0], data[:300] + bytes([data[300] ^ 1]) + data[301:])
 
-    assert [name for name, _ in audit(tmp_path, Level.STORED, name="flipped")[1]] == [RangeCorrupt.__name__]
+    for level in (Level.STORED, Level.REPLAY):
+        assert [name for name, _ in audit(tmp_path, level, name="flipped")[1]] == [RangeCorrupt.__name__]
+
+
+def without_a_key(data: bytes, folder: Path) -> bytes:
+    """A range diff that leaves out one key that was created, and leads to the state without it, soundly."""
+    piece = Piece.of_bytes(data)
+    chunks = [chunk.changes() for chunk in piece.chunks()]
+    left_out = next(change for chunk in chunks for change in chunk if change.before is None)
+    one = Diff(tables={1: table_diff(UTXO, [left_out])}).inverted()
+    tip = piece.resume.tip
+    tip = replace(tip, vectors=one.advance(tip.vectors), counts=one.count(tip.counts))
+    head = piece.head
+    writer = RangeWriter(
+        folder,
+        first=head.first,
+        parent=head.parent,
+        prev_root=head.prev_root,
+        resume=replace(piece.resume, tip=tip),
+    )
+    for chunk in chunks:
+        writer.add(table_diff(UTXO, [change for change in chunk if change != left_out]))
+    (path,) = writer.finish()
+    return path.read_bytes()
+
+
+def test_replay_applies_range_diffs(ranged: LocalObjects, tmp_path: Path) -> None:
+    """Each to the state at its start; one that is sound in itself and leads elsewhere than the frames is found. Behind
+    a hole only those count whose first and last heights are replayed."""
+    names = [info.name for info in ranged.list() if info.name.endswith(".rng")]
+    assert {name[-14:] for name in names} >= {"000063.1-1.rng", "000127.1-1.rng"}
+    auditor, found = audit(tmp_path, Level.REPLAY)
+    assert (found, auditor.found.counts["range_diffs_met"]) == ([], len(names))
+    assert auditor.found.counts["range_diffs"] == len(names)
+    (tmp_path / "forged").mkdir()
+    put(ranged, names[0], without_a_key(ranged.get(names[0]), tmp_path / "forged"))
+    assert audit(tmp_path, Level.CONTENT)[1] == []
+    assert audit(tmp_path, Level.REPLAY, name="forged")[1] == [
+        (AuditFailed.__name__, names[0].removesuffix(".1-1.rng"))
+    ]
+    for info in list(ranged.list()):
+        if info.name.endswith("000000000063.seg"):
+            ranged.delete(info.name)
+    auditor, found = audit(tmp_path, Level.REPLAY, name="behind")
+
+    assert found == []
+    assert auditor.found.counts["range_diffs_met"] < len(names) == auditor.found.counts["range_diffs"]

@@ -1,8 +1,8 @@
 """The auditor: what stands in an object store, against its own manifests, indexes, digests and history.
 
 It notes every fault and goes on with the next object, so that one audit says all there is to say. What it needs on
-disk is in a scratch folder: a part at a time of each process, or the store of a replay. In memory it holds all names,
-the manifests, and four segments at most.
+disk is in a scratch folder: a part at a time of each process, or the store of a replay with the pieces of one range
+diff. In memory it holds all names, the manifests, and four segments at most; at REPLAY two stores of 100 MB at most.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from pipeline.errors import Diverged, StoreCorrupt
 from pipeline.objects import ObjectStore, open_objects
 from pipeline.parts import Part, digest_file
 from pipeline.position import decode_meta
-from pipeline.range_names import RangeObject, parse_piece_name, whole_ranges
 from pipeline.ranges import RangeDiff
 from pipeline.segment_index import SegmentIndex
 from pipeline.signature import check_signature
@@ -47,7 +46,7 @@ from pipeline.stores.base import META_KEY
 from pipeline.stores.rocksdb import RocksStore
 from topology import children
 from topology.children import Report, no_report
-from topology.fetching import open_piece, open_segment
+from topology.fetching import open_segment
 from topology.findings import FAULTS, Findings
 from topology.replayer import Replayer, as_parts
 from topology.restore_plans import read_manifest
@@ -147,29 +146,16 @@ class Auditor:
                 self.found.report("segments read", done, len(self.segments))
 
     def _read_ranges(self, level: Level) -> None:
-        """Range diffs that have all their pieces; what a crash left of others is no fault."""
-        names = ((parse_piece_name(name), size) for name, size in self.found.sizes.items())
-        ranges = whole_ranges((name, size) for name, size in names if name is not None)
+        def check(one: RangeDiff) -> bool:
+            if level is Level.CONTENT:
+                check_range(one)
+            return True
+
+        ranges = self.found.ranges
         for done, one in enumerate(ranges, 1):
-            with self.found.noting(one.name):
-                self._read_range(one, level)
+            if self.found.attempt_range(one, self._scratch / "range", check):
                 self.found.counts.update(range_diffs=1, bytes=one.size_bytes)
             self.found.report("range diffs read", done, len(ranges))
-
-    def _read_range(self, one: RangeObject, level: Level) -> None:
-        folder = self._scratch / "range"
-        folder.mkdir()
-        try:
-            pieces = []
-            for piece in one.pieces:
-                path = folder / f"{piece.number}"
-                self.found.objects.fetch_to(str(piece), path)
-                pieces.append(open_piece(path, piece))
-            range_diff = RangeDiff.of(one.name, pieces)
-            if level is Level.CONTENT:
-                check_range(range_diff)
-        finally:
-            shutil.rmtree(folder)
 
     def _read_parts(self, level: Level) -> None:
         missing = {fault.where for fault in self.found.faults}

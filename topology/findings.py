@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from pipeline.archive import SegmentName
 from pipeline.errors import CorruptInput, Diverged, NotFound, StateferryError, Unsupported, WrongChain
 from pipeline.objects import ObjectStore
+from pipeline.range_names import RangeObject, parse_piece_name, whole_ranges
+from pipeline.ranges import RangeDiff
 from pipeline.segment_index import SegmentIndex
 from topology.children import Report
+from topology.fetching import open_piece
 
 Result = TypeVar("Result")
 
@@ -33,13 +38,14 @@ class Findings:
         self.sizes = {info.name: info.size_bytes for info in objects.list(prefix)}
 
     @contextmanager
-    def noting(self, name: object) -> Iterator[None]:
-        """A fault of one object is noted, and no reason to stop; what was deleted since it was listed is no fault."""
+    def noting(self, name: object, objects: Sequence[object] = ()) -> Iterator[None]:
+        """A fault of one object is noted, and no reason to stop; what was deleted since it was listed is no fault.
+        ``objects``: what has that name, where it is several."""
         try:
             yield
         except FAULTS as error:
             error.where = error.where or str(name)
-            if not (isinstance(error, NotFound) and self.is_gone(str(name))):
+            if not (isinstance(error, NotFound) and any(self.is_gone(str(one)) for one in objects or [name])):
                 self.faults.append(error)
 
     def attempt(self, name: object, work: Callable[[], Result]) -> Result | None:
@@ -53,6 +59,28 @@ class Findings:
         """Raises SegmentCorrupt, Unsupported, NotFound."""
         said = str(name)
         return SegmentIndex.read(name, self.sizes[said], lambda start, stop: self.objects.get_range(said, start, stop))
+
+    @property
+    def ranges(self) -> list[RangeObject]:
+        """Range diffs that have all their pieces; what a crash left of others is no fault."""
+        names = ((parse_piece_name(name), size) for name, size in self.sizes.items())
+        return whole_ranges((name, size) for name, size in names if name is not None)
+
+    def attempt_range(self, one: RangeObject, folder: Path, work: Callable[[RangeDiff], Result]) -> Result | None:
+        """What ``work`` makes of a range diff, whose pieces are in ``folder`` meanwhile; None if that is a fault."""
+        found: list[Result] = []
+        folder.mkdir()
+        try:
+            with self.noting(one.name, one.pieces):
+                pieces = []
+                for piece in one.pieces:
+                    path = folder / f"{piece.number}"
+                    self.objects.fetch_to(str(piece), path)
+                    pieces.append(open_piece(path, piece))
+                found.append(work(RangeDiff.of(one.name, pieces)))
+        finally:
+            shutil.rmtree(folder)
+        return found[0] if found else None
 
     def is_gone(self, name: str) -> bool:
         """Whether an object was deleted since it was listed."""

@@ -1,26 +1,43 @@
-"""The replayer: archived frames applied from the lowest state there is, compared with everything they come by."""
+"""The replayer: archived frames applied from the lowest state there is, compared with everything they come by.
+
+Where a range diff begins, a second store, which shares its files with the first (`RocksStore.checkpoint`), takes it in
+as a restore would: chunk by chunk, each before-value against the state. What it leads to is kept, a position of some
+2 KiB a table, until the frames come to its last height. Of each level one range diff is under way at a time.
+"""
 
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline import frame
 from pipeline.archive import Segment, SegmentName
-from pipeline.audits import Point, check_digest, check_point, check_replayed
+from pipeline.audits import Point, check_digest, check_point, check_ranged, check_replayed
 from pipeline.errors import PartCorrupt, StoreCorrupt
 from pipeline.frame import NO_HASH
 from pipeline.parts import Part, digest_file
 from pipeline.plans import SegmentObject, lead
-from pipeline.position import Meta, encode_meta
+from pipeline.position import Meta, Tip, encode_meta
+from pipeline.range_names import RangeName, RangeObject
+from pipeline.ranges import RangeDiff
 from pipeline.restore import Replay, before_first
 from pipeline.snapshot import Manifest
 from pipeline.stores.base import META_KEY, Batch
 from pipeline.stores.rocksdb import RocksStore
 from topology.fetching import open_segment
 from topology.findings import Findings
+
+
+class _Led(NamedTuple):
+    """What a range diff led to."""
+
+    name: RangeName
+    tip: Tip
 
 
 class Replayer:
@@ -37,10 +54,15 @@ class Replayer:
         self._scratch = scratch
         self._manifests = manifests
         self._segments = segments
+        self._ranges: dict[tuple[bytes, int, int], list[RangeObject]] = defaultdict(list)  # by shard and first height
+        for one in found.ranges:
+            self._ranges[one.name.generation, one.name.shard, one.name.first].append(one)
+        self._led: dict[tuple[bytes, int, int], list[_Led]] = defaultdict(list)  # by shard and last height
 
     def run(self, points: Mapping[tuple[bytes, int], Sequence[Point]]) -> None:
         """Every shard of every generation, from the lowest state that its segments lead on from."""
-        self._found.counts["frames"] = self._found.counts["snapshots_met"] = self._found.counts["points_met"] = 0
+        self._found.counts.update(range_diffs=sum(map(len, self._ranges.values())))
+        self._found.counts.update(dict.fromkeys(("frames", "snapshots_met", "points_met", "range_diffs_met"), 0))
         shards = {(name.generation, name.shard) for name in self._segments}
         for generation, shard in sorted(shards):
             manifests = sorted(
@@ -97,11 +119,13 @@ class Replayer:
                 self._ingest(store, start, start.parts_of(shard))
             store.write(Batch(meta={META_KEY: encode_meta(meta)}))
             replay, end = Replay(store, meta), hops[-1].name.last
+            self._meet_ranges(store, replay, hops[0].name.first - 1 if start is None else start.height)
             for hop in hops:
                 for header in replay.run(self._segment(hop.name), hop.name.last):
                     self._found.counts["frames"] += 1
                     self._found.report("blocks replayed", header.ref.height, end)
                     self._compare(replay.meta, shard, manifests, points)
+                    self._meet_ranges(store, replay, header.ref.height)
         finally:
             store.close()
             shutil.rmtree(path, ignore_errors=True)
@@ -117,6 +141,32 @@ class Replayer:
                 with self._found.noting(point.where):
                     check_point(meta.tip, point)
                     self._found.counts["points_met"] += 1
+
+    def _meet_ranges(self, store: RocksStore, replay: Replay, height: int) -> None:
+        """Compare range diffs that end here with the state, and apply those that begin here to a copy of it."""
+        meta = replay.meta
+        for led in self._led.pop((meta.generation, meta.shard, height), ()):
+            with self._found.noting(led.name):
+                check_ranged(meta.tip, led.name, led.tip)
+                self._found.counts["range_diffs_met"] += 1
+        for one in self._ranges.get((meta.generation, meta.shard, height + 1), ()):
+            replay.commit()
+            tip = self._found.attempt_range(one, self._scratch / "range", partial(self._applied, store, meta))
+            if tip is not None:
+                self._led[meta.generation, meta.shard, one.name.last].append(_Led(one.name, tip))
+
+    def _applied(self, store: RocksStore, meta: Meta, one: RangeDiff) -> Tip:
+        """Raises RangeCorrupt."""
+        path = self._scratch / "ranged"
+        store.checkpoint(path)
+        copy = RocksStore(path)
+        try:
+            for _ in Replay(copy, meta).run_range(one):
+                pass
+        finally:
+            copy.close()
+            shutil.rmtree(path)
+        return one.resume.tip
 
     def _segment(self, name: SegmentName) -> Segment:
         return open_segment(self._found.objects.get(str(name)), name)
