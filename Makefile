@@ -15,7 +15,7 @@ DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo kafka up down logs test containers lint format bench torture races golden clean
+.PHONY: help demo kafka up down logs test parity containers lint format bench torture races golden clean
 
 # Docker's compose, or the older program of that name; both read COMPOSE_FILE, and docker/.env beside the first file.
 COMPOSE = $(shell docker compose version > /dev/null 2>&1 && echo docker compose || echo docker-compose)
@@ -48,6 +48,9 @@ logs: ## follow what the containers log, until Ctrl-C
 
 test: $(DEV) ## the whole suite, two processes a core (JOBS=2 for two in all)
 	$(BIN)/pytest -n $(JOBS) --maxprocesses 8
+
+parity: $(DEV) ## the tests that took turns between Kafka versions, each on the version whose turn it was not
+	KAFKA_TURNS=left $(BIN)/pytest -n $(JOBS) --maxprocesses 8
 
 containers: $(DEV) ## run the compose stack and kill what is in it (docker and compose, or root and Debian's docker.io)
 	$(BIN)/pytest tests/docker -m containers -rs

@@ -13,6 +13,7 @@ from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.kafka.fixtures import (  # noqa: F401
+    KAFKA_TURNS_LEFT,
     broker_server,
     kafka_names,
     kafka_server,
@@ -77,7 +78,8 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Every test runs on the embedded log and on one Kafka: the versions take turns through a file. On all of them run
-    the suites of the transports, where they may differ, and everything if KAFKA_VERSIONS names them."""
+    the suites of the transports, where they may differ, and everything if KAFKA_VERSIONS names them. With
+    KAFKA_TURNS=left it is what the turns leave out that runs, and nothing else."""
     if os.environ.get("KAFKA_VERSIONS"):
         return
     found: dict[tuple[str, Path], list[pytest.Item]] = defaultdict(list)
@@ -91,8 +93,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for at, item in enumerate(of_file)
         if at % len(versions) != versions.index(broker)
     }
-    config.hook.pytest_deselected(items=[item for item in items if item in left])
-    items[:] = [item for item in items if item not in left]
+    config.hook.pytest_deselected(items=[item for item in items if (item in left) is not KAFKA_TURNS_LEFT])
+    items[:] = [item for item in items if (item in left) is KAFKA_TURNS_LEFT]
 
 
 def _broker(item: pytest.Item) -> str:

@@ -1,9 +1,9 @@
 """Brokers for tests: the embedded log, and Apache Kafka in every version that is asked for.
 
-`KAFKA_VERSIONS` names versions (default: the newest; with CI=true all of them, which take turns in most tests: see
-`tests/conftest.py`), `KAFKA_BOOTSTRAP` a broker that runs already. A broker is started once for all processes of a
-test run, and ended by the last of them. Without Java or Maven its tests are skipped, except with CI=true, where they
-fail.
+`KAFKA_VERSIONS` names versions (default: the newest; with CI=true all of them, which take turns in most tests, and
+`KAFKA_TURNS=left` runs those turns that were left out: see `tests/conftest.py`), `KAFKA_BOOTSTRAP` a broker that runs
+already. A broker is started once for all processes of a test run, and ended by the last of them. Without Java or Maven
+its tests are skipped, except with CI=true, where they fail.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from tests.kafka.server import JAVA_QUICK, VERSION_DEFAULT, VERSIONS, Behind, Se
 from tests.kafka.shared import run_folder, shared
 
 IN_CI = os.environ.get("CI") == "true"
+KAFKA_TURNS_LEFT = os.environ.get("KAFKA_TURNS") == "left"
+"""Whether tests run on the versions whose turn it was not."""
 EMBEDDED = "embedded"
 PROXIES = 8
 """Listeners of a shared broker that only clients behind a proxy use."""
@@ -34,7 +36,7 @@ def kafka_versions() -> list[str]:
     if os.environ.get("KAFKA_BOOTSTRAP"):
         return ["bootstrap"]
     asked = os.environ.get("KAFKA_VERSIONS", "")
-    return asked.split(",") if asked else list(VERSIONS if IN_CI else [VERSION_DEFAULT])
+    return asked.split(",") if asked else list(VERSIONS if IN_CI or KAFKA_TURNS_LEFT else [VERSION_DEFAULT])
 
 
 def kafka_names() -> list[str]:
