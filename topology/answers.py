@@ -18,14 +18,15 @@ from pipeline.objects import open_objects
 from pipeline.replica import Replica
 from pipeline.stores.rocksdb import RocksStore
 from pipeline.verify import Audited, Proof, combine
-from topology import anchors, children, lag, logs, reads, snapshotter, verifier, views
+from topology import anchors, buffers, children, lag, logs, reads, snapshotter, verifier, views
 from topology.archiver import Archiver
 from topology.data_dir import DataDir
 from topology.lag import Stand
 from topology.lead import State
-from topology.node import Node, Role
+from topology.node import Node
 from topology.settings import Settings
 from topology.shard_set import ShardSet
+from topology.shard_store import Role
 from topology.transports.base import Broker
 
 log = logs.get()
@@ -41,7 +42,7 @@ async def status(shard_set: ShardSet) -> dict[str, Any]:
         "instance": shard_set.data_dir.node_id,
         "in_flight": sum(node.in_flight for node in nodes),
         "splits": shard_set.splitting is not None and shard_set.splitting.is_running,
-        "shards": list(await asyncio.gather(*map(_shard, shard_set.owned or nodes))),
+        "shards": list(await asyncio.gather(*(_shard(shard_set, node) for node in shard_set.owned or nodes))),
     }
 
 
@@ -53,7 +54,7 @@ async def standing(shard_set: ShardSet) -> dict[str, Any]:
         with suppress(StateferryError):
             anchored = await anchors.newest(shard_set.broker, shard_set.generation)
             document = reads.standing([node.committed_meta for node in owned], shard_set.proof, anchored)
-    return document | {"void_records": dict(sum((node.voids for node in shard_set.nodes), Counter()))}
+    return document | {"void_records": dict(sum((node.following.voids for node in shard_set.nodes), Counter()))}
 
 
 def _state(shard_set: ShardSet) -> str:
@@ -62,8 +63,9 @@ def _state(shard_set: ShardSet) -> str:
     return min((node.state for node in shard_set.owned or shard_set.nodes), key=order.index).value
 
 
-async def _shard(node: Node) -> dict[str, Any]:
+async def _shard(shard_set: ShardSet, node: Node) -> dict[str, Any]:
     meta, generation = node.committed_meta, node.generation
+    trouble = shard_set.archiving[node.shard].trouble if shard_set.archiving else None
     stands = {"diffs": lag.diffs_stand(meta, generation.diffs_topic, node.shard)}
     if node.role is Role.PRIMARY:
         stands["blocks"] = lag.blocks_stand(meta, generation.events_topic, node.shard)
@@ -74,11 +76,11 @@ async def _shard(node: Node) -> dict[str, Any]:
             "state": node.state.value,
             "restoring": node.is_restoring,
             "in_force": node.state is State.LEADING,
-            "void_records": dict(node.voids),
+            "void_records": dict(node.following.voids),
             "refused": None if node.lead is None or node.lead.refused is None else str(node.lead.refused),
-            "archive_trouble": None if node.archive_trouble is None else str(node.archive_trouble),
+            "archive_trouble": None if trouble is None else str(trouble),
             "frames_in_flight": node.in_flight,
-            "buffers": {name: held._asdict() for name, held in node.buffers.items()},
+            "buffers": {name: held._asdict() for name, held in buffers.held_by(node).items()},
         }
         | await behind(node.broker, stands, node.settings.topic_prefix)
     )

@@ -15,8 +15,8 @@ from mode.supervisors import CrashingSupervisor
 
 from topology import applier, logs, replicator
 from topology.lead import Produce
-from topology.node import Role
 from topology.shard_set import ShardSet
+from topology.shard_store import Role
 from topology.splitter import Splitting
 from topology.transports.factory import faust_credentials, faust_urls
 from topology.transports.kafka_security import security_of

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from pipeline.anchors import Joined
 from pipeline.apply import describe_key
 from pipeline.commitment.muhash import MuHash
-from pipeline.errors import NotFound, UsageError
+from pipeline.errors import NotFound, NotProven, UsageError
 from pipeline.position import Meta
 from pipeline.shards import join_metas, stand_together
 from pipeline.sources import coins
@@ -38,6 +38,15 @@ class View:
     meta: Meta
     proof: Proof
     role: str  # as which it was run last; empty: never
+
+
+def check_serving(proof: Proof, serve: str) -> None:
+    """Raises NotProven if the state is claimed and reads of claimed states are not allowed."""
+    if not proof.proven and serve != "claimed":
+        raise NotProven(
+            "this node has not proven its state yet: it is claimed by whoever published it",
+            way_out="wait for the worker to prove it, run `stateferry verify --level full`, or allow --serve claimed",
+        )
 
 
 def position(meta: Meta, proof: Proof) -> dict[str, Any]:

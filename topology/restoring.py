@@ -99,7 +99,7 @@ class Restoring:
             log.info(
                 "shard_restored",
                 shard=node.shard,
-                height=node.committed_height,
+                height=node.committed_meta.tip.height,
                 seconds=round(time.monotonic() - started_s, 3),
             )
         await node.go_on()
@@ -117,7 +117,7 @@ class Restoring:
     async def _follow(self) -> None:
         """The frames up to where the stream goes on."""
         node, topic = self._node, self._node.generation.diffs_topic
-        async for record in topics.records(node.broker, topic, node.next_diffs, partition=node.shard):
+        async for record in topics.records(node.broker, topic, node.following.next_offset, partition=node.shard):
             if record.offset >= self._resume.diffs.next_offset:
                 return
             await node.follow_record(node.session, record.offset, record.value)

@@ -22,15 +22,17 @@ from pipeline.shards import join_metas, stand_together
 from pipeline.verify import Proof
 from topology import logs, prefetching
 from topology.anchors import Anchoring
+from topology.archiving import Archiving
 from topology.building import held_meta
 from topology.data_dir import DataDir
 from topology.ending import Ending
 from topology.lead import Produce, State
-from topology.node import Node, Role
+from topology.node import Node
 from topology.prefetching import Prefetching
 from topology.restoring import Restoring, lacks, newest_resumes
 from topology.sealing import Sealing
 from topology.settings import Settings
+from topology.shard_store import Role
 from topology.splitter import ProduceTo, Splitting
 from topology.transports.base import Broker
 
@@ -63,6 +65,7 @@ class ShardSet:
         self.generation: Generation = openings[0][0].generation
         self.splitting: Splitting | None = None
         self.anchoring: Anchoring | None = None
+        self.archiving: list[Archiving] = []  # of a primary, by shard
         self._slots = asyncio.Semaphore(os.cpu_count() or 1)
         self._restoring: dict[int, tuple[Restoring, asyncio.Task[None]]] = {}
         self._proofs: dict[int, asyncio.Task[None]] = {}
@@ -84,8 +87,9 @@ class ShardSet:
             for opening, record in openings
         ]
         if self.shards > 1 and role is Role.REPLICA:
-            for node in self.nodes:
-                node.kept_together = self.nodes
+            together = [node.committing for node in self.nodes]
+            for committing in together:
+                committing.kept_together = together
         if self.shards > 1 and role is Role.PRIMARY:
             self.anchoring = Anchoring(broker, self.generation)
 
@@ -104,21 +108,22 @@ class ShardSet:
         for found in self.data_dir.shard_dirs:
             meta = None if found.store_path in mine else held_meta(found.store_path)
             if meta is not None:
-                self.nodes[0].check_generation(meta)  # another generation had other shards
+                self.nodes[0].stored.check_generation(meta)  # another generation had other shards
         for node in self.nodes:
             node.open(produce(node.shard), self._sealing)
         if self.role is Role.PRIMARY:
             self._prefetching = [self._prefetching_of(node) for node in self.nodes]
+            self.archiving = [Archiving(node) for node in self.nodes]
         if self.anchoring is not None:
             self.splitting = Splitting(broker=self.broker, generation=self.generation, produce=split)
             for node in self.nodes:
-                node.on_commit.append(self._anchor(node, self.anchoring))
+                node.committing.on_commit.append(self._anchor(node, self.anchoring))
                 node.on_lead.append(self._anchor_first(node, self.anchoring))
 
     def _prefetching_of(self, node: Node) -> Prefetching:
         above_bytes = self.settings.prefetch_above_bytes
         return Prefetching(
-            lambda: node.store,
+            lambda: node.stored.store,
             node.data_dir.path / prefetching.FOLDER,
             prefetching.memory_share_bytes() if above_bytes is None else above_bytes,
         )
@@ -258,7 +263,7 @@ class ShardSet:
         owned = self.owned
         if not owned or not all(node.has_consumed_all for node in owned):
             return False
-        if any(now_s - node.last_progress_s < quiet_s or node.archive_is_due for node in owned):
+        if any(now_s - node.last_progress_s < quiet_s for node in owned) or any(one.is_due for one in self.archiving):
             return False
         if self.shards == 1:
             return True
@@ -298,5 +303,5 @@ class ShardSet:
     @property
     def proof(self) -> Proof:
         """Of the whole state: proven if every shard's is."""
-        proofs = [node.proof for node in self.nodes]
+        proofs = [node.stored.proof for node in self.nodes]
         return proofs[0] if len(proofs) == 1 else Proof(proven=all(proof.proven for proof in proofs))

@@ -21,6 +21,7 @@ from pipeline.snapshot import ManifestName, parse_manifest_name
 from topology import answers, logs
 from topology.settings import Settings
 from topology.shard_set import ShardSet
+from topology.shard_store import Role
 
 log = logs.get()
 
@@ -91,7 +92,7 @@ class Snapshotting:
     async def take(self, height: int | None) -> dict[str, Any]:
         """A snapshot, as `answers.snapshot`. Raises SnapshotCancelled, and what that raises."""
         shard_set = self._shard_set
-        stores = [node.store for node in shard_set.nodes]
+        stores = [node.stored.store for node in shard_set.nodes]
         task = asyncio.create_task(answers.snapshot(stores, shard_set.data_dir, shard_set.settings, height))
         self._running.add(task)
         timeout_s = shard_set.settings.snapshot_timeout_s
@@ -118,7 +119,7 @@ class Snapshotting:
     def _archived_height(self) -> int:
         """Up to where all that is here is final and, of a primary's shards, archived."""
         nodes = self._shard_set.owned or self._shard_set.nodes
-        archived = [node.committed_meta.archived_to - 1 for node in nodes if node.archiver is not None]
+        archived = [node.committed_meta.archived_to - 1 for node in nodes if node.role is Role.PRIMARY]
         return min([*(own_final(node.committed_meta) for node in nodes), *archived])
 
     def _final(self) -> Final:
@@ -126,7 +127,7 @@ class Snapshotting:
         height, nodes = self._archived_height(), self._shard_set.nodes
         if len(nodes) > 1:
             return Final(height, None)
-        following = Committed(nodes[0].store).entry(height + 1)
+        following = Committed(nodes[0].stored.store).entry(height + 1)
         tip = nodes[0].committed_meta.tip if following is None else following.before.tip
         return Final(height, tip.root if tip.height == height else None)
 

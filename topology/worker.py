@@ -13,7 +13,6 @@ import shutil
 import signal
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,7 +21,6 @@ from pipeline.errors import (
     GenerationEnded,
     LogChanged,
     NotFound,
-    ObjectsUnavailable,
     OffsetOutOfRange,
     SettingsConflict,
     UsageError,
@@ -45,13 +43,13 @@ from topology import (
     views,
 )
 from topology.app import Application
-from topology.archiver import Archiver
 from topology.control import ControlServer
 from topology.data_dir import DataDir
 from topology.ending import Ending
-from topology.node import Node, Role, check_serving
+from topology.node import Node
 from topology.settings import Settings
 from topology.shard_set import ShardSet
+from topology.shard_store import Role
 from topology.signing import required_signer
 from topology.snapshotter import SCRATCH_FOLDER
 from topology.snapshotting import Snapshotting
@@ -64,8 +62,6 @@ log = logs.get()
 IDLE_S = 2.0
 """Nothing new for this long is idle, once what was there at the start is consumed."""
 _POLL_S = 0.2
-_ARCHIVE_PAUSE_S = 5.0
-"""Between tries while the object store cannot be used."""
 
 Found = TypeVar("Found")
 
@@ -218,7 +214,7 @@ async def _run(shard_set: ShardSet, until: Until, on_open: Callable[[ShardSet], 
         shard_set.prove_with(lambda node: _guard(shard_set, _prove(node)))
         jobs: list[Awaitable[None]] = [_watch(shard_set, until), snapshotting.run()]
         if shard_set.role is Role.PRIMARY:
-            jobs += map(_archive, shard_set.nodes)
+            jobs += (archiving.run() for archiving in shard_set.archiving)
             jobs.append(squashing.run(shard_set.nodes, shard_set.settings.objects_url, shard_set.stopping))
         if shard_set.anchoring is not None:
             jobs.append(shard_set.anchoring.run())
@@ -258,34 +254,13 @@ async def _watch(shard_set: ShardSet, until: Until) -> None:
 
 async def _prove(node: Node) -> None:
     """Hash every key in the background, if this node has not yet."""
-    if node.proof.proven:
+    if node.stored.proof.proven:
         return
     started_s = time.monotonic()
-    proof, audited = await answers.prove(node.store, node.data_dir)
+    proof, audited = await answers.prove(node.stored.store, node.data_dir)
     node.proven(proof)
     seconds = round(time.monotonic() - started_s, 3)
     log.warning("state_proven", height=proof.at.height if proof.at else -1, keys=audited.keys, seconds=seconds)
-
-
-async def _archive(node: Node) -> None:
-    """Move final blocks of a proven state into the object store, one segment at a time."""
-    archiver = Archiver(open_objects(node.settings.objects_url))
-    node.archiver = archiver
-    while not node.stopping.is_set():
-        if not node.archive_is_due:
-            await node.wait_for_progress()
-            continue
-        try:
-            await node.archive_once()  # frames and reads go in between
-        except ObjectsUnavailable as error:
-            # The journal keeps what is not archived: a primary need not stand still for an object store that does.
-            if node.archive_trouble is None:
-                log.warning("archive_waits", error=error.name, message=str(error))
-            node.archive_trouble = error
-            with suppress(TimeoutError):
-                await asyncio.wait_for(node.stopping.wait(), _ARCHIVE_PAUSE_S)
-        else:
-            node.archive_trouble = None
 
 
 async def _answer(shard_set: ShardSet, snapshotting: Snapshotting, request: dict[str, Any]) -> Any:
@@ -303,19 +278,18 @@ async def _answer(shard_set: ShardSet, snapshotting: Snapshotting, request: dict
             for node in shard_set.nodes:
                 path = node.data_dir.copies_path / secrets.token_hex(4)
                 path.parent.mkdir(exist_ok=True)
-                node.store.checkpoint(path)
+                node.stored.store.checkpoint(path)
                 paths.append(str(path))
             return {"paths": paths, "role": shard_set.role.value}
         case "snapshot":
-            for node in shard_set.owned:
-                while await node.archive_once(flush=True):
-                    pass
+            for archiving in shard_set.archiving:
+                await archiving.flush()
             return await snapshotting.take(request["height"])
         case "cancel-snapshot":
             return {"cancelled": snapshotting.cancel()}
         case "verify":
             try:
-                return await answers.verify([(node.store, node.data_dir) for node in shard_set.nodes])
+                return await answers.verify([(node.stored.store, node.data_dir) for node in shard_set.nodes])
             except Diverged as error:
                 shard_set.fail(error)
                 raise
@@ -325,9 +299,9 @@ async def _answer(shard_set: ShardSet, snapshotting: Snapshotting, request: dict
 
 def _get(shard_set: ShardSet, request: dict[str, Any]) -> Any:
     """Point reads at one position; None if the stores do not stand at one: a copy is asked for then."""
-    check_serving(shard_set.proof, request.get("serve") or shard_set.settings.serve)
+    reads.check_serving(shard_set.proof, request.get("serve") or shard_set.settings.serve)
     if not shard_set.stands_together:
         return None
-    store = views.union([node.store for node in shard_set.nodes])
+    store = views.union([node.stored.store for node in shard_set.nodes])
     found = reads.get(store, schema_named(request["table"]), request["keys"])
     return {"position": reads.position(shard_set.meta, shard_set.proof), "found": found}

@@ -12,9 +12,9 @@ import pytest
 
 from pipeline.stores.rocksdb import RocksStore
 from tests.topology.commands import Site, same_state
-from topology import node as nodes
-from topology import shard_set
+from topology import committing, shard_set
 from topology.app import STREAM_BUFFER_RECORDS, Application
+from topology.buffers import held_by
 from topology.lead import BEGUN_MAX
 from topology.node import Node
 from topology.transports.kafka_appends import Appends
@@ -34,6 +34,13 @@ class Watched(Node):
         self.most: dict[str, int] = {}
         self.bounds: dict[str, int] = {}
         self.largest_block = 0
+        commit = self.committing.commit
+
+        def commit_noted() -> None:
+            self.note()
+            commit()
+
+        self.committing.commit = commit_noted  # type: ignore[method-assign]
         seen.append(self)
 
     async def on_blocks(self, offset: int, record: bytes) -> Any:
@@ -45,15 +52,11 @@ class Watched(Node):
         await super().on_diffs(offset, record)
         self.note()
 
-    def _commit(self) -> None:
-        self.note()
-        super()._commit()
-
     def note(self) -> None:
-        for name, held in self.buffers.items():
+        for name, held in held_by(self).items():
             self.most[name] = max(self.most.get(name, 0), held.bytes)
             self.bounds[name] = held.bytes_max
-        self.largest_block = max([self.largest_block, *self.replica.layers._sizes.values()])
+        self.largest_block = max([self.largest_block, *self.stored.replica.layers._sizes.values()])
 
     @property
     def has_stopped_computing(self) -> bool:
@@ -145,7 +148,7 @@ def test_slow_store(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(RocksStore, "write", write_late)
     height = site.follow("primary", "p")["height"]
-    monkeypatch.setattr(nodes, "GROUP_WAIT_S", 60.0)  # nothing but a full group is written
+    monkeypatch.setattr(committing, "GROUP_WAIT_S", 60.0)  # nothing but a full group is written
     site.here("run", "--role", "replica", "--until-height", height, node="r").ok()
 
     primary, replica = seen

@@ -12,9 +12,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from topology import worker
 from topology.commands.common import common_options, console, emit, is_terminal, rows, serve_option, signature_option
-from topology.node import Role
 from topology.settings import Settings
 from topology.shard_set import ShardSet
+from topology.shard_store import Role
 from topology.worker import Until
 
 Found = TypeVar("Found")
@@ -79,7 +79,7 @@ async def _progress(shard_set: ShardSet) -> None:
                 task,
                 total=max(meter.end, 1),
                 completed=meter.done,
-                height=min(node.committed_height for node in shard_set.nodes),
+                height=min(node.committed_meta.tip.height for node in shard_set.nodes),
                 rate=meter.changes_per_s,
                 lag=max(meter.end - meter.done, 0),
                 eta=meter.eta,
@@ -96,14 +96,14 @@ class Meter:
         self._first_done: int | None = None
         self.changes_per_s = 0.0
         for node in shard_set.nodes:
-            node.on_commit.append(lambda steps: self._count(sum(step.header.op_count for step in steps)))
+            node.committing.on_commit.append(lambda steps: self._count(sum(step.header.op_count for step in steps)))
 
     def _count(self, changes: int) -> None:
         self._changes += changes
 
     @property
     def done(self) -> int:
-        return sum(node.next_diffs if node.lead is None else node.lead.next_blocks for node in self._nodes)
+        return sum(node.following.next_offset if node.lead is None else node.lead.next_blocks for node in self._nodes)
 
     @property
     def end(self) -> int:

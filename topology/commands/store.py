@@ -28,8 +28,8 @@ from topology.commands.common import (
     serve_option,
 )
 from topology.data_dir import DataDir
-from topology.node import Role, check_serving
 from topology.settings import Settings
+from topology.shard_store import Role
 from topology.transports.base import log_path
 
 _SCAN_LIMIT = 100
@@ -118,7 +118,7 @@ def get(settings: Settings, keys: tuple[str, ...], table: str, as_json: bool) ->
     answer = ask_worker(settings, {"what": "get", "table": table, "keys": list(keys), "serve": settings.serve})
     if answer is None:
         with opened_view(settings) as view:
-            check_serving(view.proof, settings.serve)
+            reads.check_serving(view.proof, settings.serve)
             answer = {
                 "position": reads.position(view.meta, view.proof),
                 "found": reads.get(view.store, schema, list(keys)),
@@ -148,7 +148,7 @@ def scan(settings: Settings, table: str, prefix: str, txid: str, after: str, lim
         raise UsageError(f"a prefix is hex: {error}") from error
     behind = reads.parse_key(schema, after) if after else None
     with opened_view(settings) as view:
-        check_serving(view.proof, settings.serve)
+        reads.check_serving(view.proof, settings.serve)
         page = list(itertools.islice(reads.scan(view.store, schema, prefix=start, after=behind), limit + 1))
         found = [reads.show(schema, key, value) for key, value in page[:limit]]
         document = {
