@@ -239,17 +239,26 @@ class Kafka:
                 self._rebalance(stage)
 
     def _group(self, worker: Worker) -> str:
-        """The group that a worker has joined, once it has."""
+        """The group that a worker has joined, once it has. Points that begin with one template share the name of a
+        node, but no prefix."""
         node = worker.site.path / worker.node / "NODE"
         wait_until(node.exists, f"{worker.node} does not run")
         found: list[str] = []
 
         def has_joined() -> bool:
-            found[:] = [name for name in self._ask(_groups) if node.read_text() in name]
-            return bool(found) and self._ask(lambda admin: _state(admin, found[0])) == "Stable"
+            assert worker.process.returncode is None, worker.told()
+
+            groups = self._ask(_groups)
+            found[:] = [name for name in groups if name.startswith(self.place.prefix) and node.read_text() in name]
+            # One that stands at its fail point may have been there for so long that it counts as dead.
+            return bool(found) and (worker.process.is_stopped or self._described(found[0]) == ("Stable", 1))
 
         wait_until(has_joined, f"{worker.node} is in no group", ASK_S)
-        return found[0]
+        (group,) = found
+        return group
+
+    def _described(self, group: str) -> tuple[str, int]:
+        return self._ask(lambda admin: _described(admin, group))
 
     def _ask(self, what: Callable[[AIOKafkaAdminClient], Any]) -> Any:
         async def main() -> Any:
@@ -270,9 +279,7 @@ class Kafka:
         worker = self._member(stage)
         group = self._group(worker)
         worker.freeze()
-        wait_until(
-            lambda: self._ask(lambda admin: _state(admin, group)) == "Empty", f"{worker.node} is not dead", ASK_S
-        )
+        wait_until(lambda: self._described(group) == ("Empty", 0), f"{worker.node} is not dead", ASK_S)
         worker.go_on()
 
     def _cut(self, stage: Stage) -> None:
@@ -317,9 +324,17 @@ class Kafka:
         names = [GENERATION.diffs_topic]
         if "primary" in worker.words:
             names.append(GENERATION.blocks_topic)
-        other = Joiner(stage.site, self._group(worker), *(self.place.prefix + name for name in names))
-        stage.victim.go_on()
+        group = self._group(worker)
+        other = Joiner(stage.site, group, *(self.place.prefix + name for name in names))
+        worker.go_on()  # who is stopped takes part in no rebalance
         wait_until(other.has_joined, "the other worker has joined", ASK_S)
+
+        def are_two() -> bool:
+            assert worker.process.returncode is None, worker.told()
+
+            return self._described(group) == ("Stable", 2)
+
+        wait_until(are_two, f"{worker.node} and the other worker are in one group", ASK_S)
         other.leave(self.random.choice([signal.SIGTERM, signal.SIGKILL]))
 
     def close(self) -> None:
@@ -332,9 +347,11 @@ async def _groups(admin: AIOKafkaAdminClient) -> list[str]:
     return [name for name, _ in await admin.list_consumer_groups()]
 
 
-async def _state(admin: AIOKafkaAdminClient, group: str) -> str:
+async def _described(admin: AIOKafkaAdminClient, group: str) -> tuple[str, int]:
+    """A group's state, and how many members it has."""
     (found,) = await admin.describe_consumer_groups([group])
-    return str(found.groups[0][2])
+    _, _, state, _, _, members, *_ = found.groups[0]
+    return str(state), len(members)
 
 
 # Points
