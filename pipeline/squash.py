@@ -23,15 +23,8 @@ from pipeline.errors import RangeCorrupt
 from pipeline.frame import Header
 from pipeline.position import Meta
 from pipeline.range_names import RangeName
-from pipeline.ranges import (
-    CHUNK_CHANGES_MAX,
-    CHUNK_RAW_BYTES,
-    Entry,
-    RangeDiff,
-    RangeWriter,
-    pack_chunk,
-    unpack_chunk,
-)
+from pipeline.range_pieces import CHUNK_CHANGES_MAX, CHUNK_RAW_BYTES, Entry, pack_chunk, unpack_chunk
+from pipeline.ranges import RangeDiff, RangeWriter
 from pipeline.state import SCHEMAS, Change
 
 LEVELS = (64, 4096, 65536)

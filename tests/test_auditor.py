@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import archive, frame, ranges
+from pipeline import archive, frame, range_pieces
 from pipeline import squash as squashing
 from pipeline.archive import Segment, build_segment
 from pipeline.audits import Level, Point, check_journal, store_points
@@ -18,7 +18,8 @@ from pipeline.delta import table_diff
 from pipeline.diff import Diff, decode_whole_body, join_tables
 from pipeline.errors import AuditFailed, Diverged, RangeCorrupt, SegmentCorrupt, SignatureWrong, StoreCorrupt
 from pipeline.objects import LocalObjects
-from pipeline.ranges import Piece, RangeWriter
+from pipeline.range_pieces import Piece
+from pipeline.ranges import RangeWriter
 from pipeline.sections import Layout
 from pipeline.signature import Signature
 from pipeline.snapshot import Manifest, encode_manifest
@@ -235,7 +236,7 @@ def test_range_diffs(ranged: LocalObjects, tmp_path: Path) -> None:
     data = ranged.get(names[0])
     head = Piece.of_bytes(data).head
     lying = replace(head, prev_root=bytes(32)).encode()
-    put(ranged, names[0], rejoined(data, ranges.Section.HEAD, lambda _: lying, ranges.LAYOUT))
+    put(ranged, names[0], rejoined(data, range_pieces.Section.HEAD, lambda _: lying, range_pieces.LAYOUT))
     assert audit(tmp_path, Level.STORED, name="lying")[1] == []
     assert [name for name, _ in audit(tmp_path, Level.CONTENT, name="lying")[1]] == [AuditFailed.__name__]
     assert [name for name, _ in audit(tmp_path, Level.REPLAY, name="lying")[1]] == [RangeCorrupt.__name__]

@@ -25,7 +25,7 @@ from pipeline.diff import Diff, decode_reference_body, decode_whole_body
 from pipeline.frame import Feature, Header, Kind
 from pipeline.generation import Generation, decode_end, decode_generation, decode_opening
 from pipeline.position import LogMark, Meta, decode_meta
-from pipeline.ranges import Piece
+from pipeline.range_pieces import Piece
 from pipeline.segment_index import SegmentIndex
 from pipeline.signature import check_signature
 from pipeline.snapshot import decode_manifest, encode_manifest

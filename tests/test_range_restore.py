@@ -20,7 +20,8 @@ from pipeline.delta import table_diff
 from pipeline.errors import NotFound, RangeCorrupt, Unsupported
 from pipeline.objects import LocalObjects
 from pipeline.range_names import PieceName, RangeName, parse_piece_name
-from pipeline.ranges import Piece, RangeWriter
+from pipeline.range_pieces import Piece
+from pipeline.ranges import RangeWriter
 from pipeline.restore import Stage
 from pipeline.state import UTXO, Change
 from tests.ferries import Ferry, Killed, held, kill_at, make_ferry, opened

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_diff import State, applied, between, states
 
-from pipeline import frame, ranges
+from pipeline import frame, range_pieces, ranges
 from pipeline import squash as squashing
 from pipeline.archive import Committed, Segment, SegmentName
 from pipeline.delta import TableDiff, table_diff
@@ -21,7 +21,8 @@ from pipeline.diff import Diff, decode_whole_body, squash
 from pipeline.errors import RangeCorrupt, Unsupported
 from pipeline.position import encode_meta
 from pipeline.range_names import PieceName, RangeName, RangeObject, parse_piece_name, whole_ranges
-from pipeline.ranges import CHUNK_RAW_BYTES_MAX, Entry, Piece, RangeDiff, RangeWriter, span_of, unpack_chunk
+from pipeline.range_pieces import CHUNK_RAW_BYTES_MAX, Entry, Piece, Section, span_of, unpack_chunk
+from pipeline.ranges import RangeDiff, RangeWriter
 from pipeline.squash import LEVELS, Due, Lowest, due_ranges, merge, net, squash_ranges
 from pipeline.state import UTXO, Change
 from tests.walks import GENERATION, Node, drive, make_walk
@@ -256,12 +257,12 @@ def edited(piece: Piece, /, **changes: object) -> Piece:
     given_entries = changes.get("entries", entries)
     assert isinstance(given_entries, tuple)
     sections = {
-        ranges.Section.CHUNKS: chunks,
-        ranges.Section.INDEX: b"".join(ranges._ENTRY.pack(*entry[:2], 0, *entry[2:]) for entry in given_entries),
-        ranges.Section.HEAD: replace(head, **named).encode(),  # type: ignore[arg-type]
-        ranges.Section.RESUME: encode_meta(changes.get("resume", resume)),  # type: ignore[arg-type]
+        Section.CHUNKS: chunks,
+        Section.INDEX: b"".join(range_pieces._ENTRY.pack(*entry[:2], 0, *entry[2:]) for entry in given_entries),
+        Section.HEAD: replace(head, **named).encode(),  # type: ignore[arg-type]
+        Section.RESUME: encode_meta(changes.get("resume", resume)),  # type: ignore[arg-type]
     }
-    return Piece.of_bytes(ranges.LAYOUT.join(sections))  # type: ignore[arg-type]
+    return Piece.of_bytes(range_pieces.LAYOUT.join(sections))  # type: ignore[arg-type]
 
 
 def test_heads_that_lie(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +292,7 @@ def test_heads_that_lie(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for wrong in (
         first._replace(changes=first.changes - 1),
         first._replace(raw_bytes=first.raw_bytes + 1),
-        first._replace(changes=ranges.CHUNK_CHANGES_MAX + 1),
+        first._replace(changes=range_pieces.CHUNK_CHANGES_MAX + 1),
     ):
         with pytest.raises(RangeCorrupt):
             list(edited(one, entries=(wrong, *one.entries[1:])).chunks())

@@ -17,7 +17,7 @@ from pipeline.archive import segment_name
 from pipeline.errors import ArchiveConflict, RangeCorrupt, SegmentCorrupt, StateferryError
 from pipeline.objects import LocalObjects
 from pipeline.range_names import PieceName, RangeName, parse_piece_name
-from pipeline.ranges import Piece
+from pipeline.range_pieces import Piece
 from tests.ferries import Killed, kill_at
 from tests.walks import GENERATION, Node, drive, make_walk
 from topology import squasher

@@ -22,7 +22,8 @@ from pipeline.objects.files import written_whole
 from pipeline.parts import Part, digest_file
 from pipeline.plans import RestorePlan
 from pipeline.range_names import PieceName, RangeObject
-from pipeline.ranges import Piece, RangeDiff
+from pipeline.range_pieces import Piece
+from pipeline.ranges import RangeDiff
 from pipeline.snapshot import Manifest
 
 FOLDERS = ("parts", "segments", "ranges")

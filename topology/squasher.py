@@ -31,7 +31,8 @@ from pipeline.range_names import (
     ranges_prefix,
     whole_ranges,
 )
-from pipeline.ranges import Piece, RangeDiff
+from pipeline.range_pieces import Piece
+from pipeline.ranges import RangeDiff
 from pipeline.squash import Due, Lowest, due_ranges, is_aligned, squash_ranges
 from topology import children
 from topology.children import Report, no_report

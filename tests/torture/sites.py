@@ -34,7 +34,7 @@ from pipeline.generation import Generation, decode_opening
 from pipeline.inlet import EventReader, SourcePosition
 from pipeline.objects.local import LocalObjects
 from pipeline.position import NO_WRITER, START, Meta, Tip, decode_meta
-from pipeline.ranges import Piece
+from pipeline.range_pieces import Piece
 from pipeline.replica import Replica
 from pipeline.snapshot import decode_manifest
 from pipeline.sources.synthetic import SyntheticChain

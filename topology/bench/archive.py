@@ -36,7 +36,7 @@ from pipeline.delta import encode_whole
 from pipeline.frame import NO_HASH
 from pipeline.objects.local import LocalObjects
 from pipeline.range_names import parse_piece_name
-from pipeline.ranges import CHUNK_CHANGES_MAX, pack_chunk
+from pipeline.range_pieces import CHUNK_CHANGES_MAX, pack_chunk
 from pipeline.sources import synthetic
 from pipeline.squash import LEVELS
 from pipeline.state import UTXO
