@@ -4,6 +4,7 @@ must be read.
 **Histories** are compared by a point a height. Within one generation the frame ids are a hash chain: points that are
 equal at a height are equal at all below, so the first difference is found by bisection. Between generations block hash
 and root are compared: they also part for good, unless both come to one state again, and then that is what is said.
+Between other numbers of shards that is the global root, from the vectors of all shards.
 
 **States** are compared by the partials of parts. Two snapshots may be cut at different keys; the smallest runs of parts
 between cuts that both have are compared by their sums, and only what differs is read.
@@ -11,13 +12,14 @@ between cuts that both have are compared by their sums, and only what differs is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 from pipeline.block import BlockRef
 from pipeline.diff import Diff
 from pipeline.parts import Part, sum_parts
-from pipeline.state import schema_of_storage_key
+from pipeline.state import SCHEMAS, schema_of_storage_key
 
 Entries = Iterator[tuple[bytes, bytes]]
 """Ascending (storage key, stored bytes)."""
@@ -63,6 +65,18 @@ class Heights:
             at -= len(run)
         raise IndexError(at)
 
+    def __contains__(self, height: int) -> bool:
+        return any(height in run for run in self.runs)
+
+    def only(self, wanted: Collection[int]) -> Heights:
+        """Those of ``wanted`` that are among these."""
+        return Heights([range(height, height + 1) for height in wanted if height in self])
+
+    @staticmethod
+    def common_to(every: Iterable[Heights]) -> Heights:
+        """Those that all have."""
+        return reduce(Heights.common, every)
+
     def common(self, other: Heights) -> Heights:
         both = (
             range(max(one.start, two.start), min(one.stop, two.stop))
@@ -87,12 +101,20 @@ def first_difference(heights: Heights, is_alike: Callable[[int], bool]) -> tuple
     return heights[high], heights[high - 1] if high else None
 
 
-def differing_changes(a: Diff, b: Diff) -> Iterator[Difference]:
-    """Keys that differ after two blocks that were put on equal states: what one did not change is as it was before."""
-    for table_id in sorted(a.tables.keys() | b.tables.keys()):
-        tables = [diff.tables.get(table_id) for diff in (a, b)]
-        one, two = ({change.key: change for change in table.changes()} if table else {} for table in tables)
-        (name,) = {table.schema.name for table in tables if table}
+def differing_changes(a: Sequence[Diff], b: Sequence[Diff]) -> Iterator[Difference]:
+    """Keys that differ after two blocks that were put on equal states, each as its diffs of some shards: what one did
+    not change is as it was before."""
+    for table_id in sorted({table_id for diff in (*a, *b) for table_id in diff.tables}):
+        one, two = (
+            {
+                change.key: change
+                for diff in diffs
+                if table_id in diff.tables
+                for change in diff.tables[table_id].changes()
+            }
+            for diffs in (a, b)
+        )
+        name = SCHEMAS[table_id].name
         for key in sorted(one.keys() | two.keys()):
             before = (one.get(key) or two[key]).before
             after_a = one[key].after if key in one else before

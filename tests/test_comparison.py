@@ -165,9 +165,9 @@ def test_changes_on_equal_states() -> None:
     )
     other = Diff(tables={1: table_diff(UTXO, [Change(coin(2), b"old", b"b"), Change(coin(4), b"old", b"same")])})
 
-    assert list(differing_changes(one, other)) == [
+    assert list(differing_changes([one], [other])) == [
         Difference("utxo", coin(1), b"new", None),
         Difference("utxo", coin(2), b"a", b"b"),
         Difference("utxo", coin(3), None, b"old"),
     ]
-    assert list(differing_changes(one, Diff(tables={})))[3] == Difference("utxo", coin(4), b"same", b"old")
+    assert list(differing_changes([one], [Diff(tables={})]))[3] == Difference("utxo", coin(4), b"same", b"old")

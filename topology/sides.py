@@ -6,30 +6,26 @@ Nothing is read before it is asked for.
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import chain, pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from pipeline import frame
 from pipeline.archive import Committed, SegmentName, parse_segment_name
-from pipeline.audits import check_digest
-from pipeline.comparison import Difference, Entries, Heights, Point, differing_entries, differing_runs
-from pipeline.diff import Diff, decode_whole_body
-from pipeline.errors import NotFound, PartCorrupt, StoreCorrupt
+from pipeline.comparison import Heights, Point
+from pipeline.diff import Diff, Vectors, decode_whole_body
+from pipeline.errors import NotFound
 from pipeline.journal import Entry
 from pipeline.objects import ObjectStore
-from pipeline.parts import Part, digest_file
 from pipeline.plans import check_one_chain
-from pipeline.position import Meta
+from pipeline.position import Meta, Tip
 from pipeline.segment_index import SegmentIndex
 from pipeline.shards import join_metas, stand_together
 from pipeline.snapshot import Manifest, ManifestName, parse_manifest_name
 from pipeline.stores.rocksdb import RocksStore
-from pipeline.verify import audit
-from topology.reads import Readable, View
+from topology.contents import PartReader, SnapshotState, State, StoreState
+from topology.reads import View
 from topology.restore_plans import read_manifest
 from topology.views import union
 
@@ -52,6 +48,14 @@ class Side(Protocol):
 
     def point(self, shard: int, height: int) -> Point: ...
 
+    def vectors(self, shard: int, height: int) -> Vectors:
+        """Of the shard's state behind the block of a height."""
+        ...
+
+    def marks(self, shard: int) -> set[int]:
+        """The heights of which `vectors` reads no frame."""
+        ...
+
     def diff(self, shard: int, height: int) -> Diff:
         """What the block of a height changed."""
         ...
@@ -60,19 +64,12 @@ class Side(Protocol):
         """The first 8 bytes of the root at each height of which `state` has the content."""
         ...
 
-    def state(self, height: int) -> StoreState | SnapshotState: ...
+    def state(self, height: int) -> State: ...
+
+    def close(self) -> None: ...
 
 
 # Nodes
-
-
-class StoreState:
-    """What stores hold where they stand."""
-
-    def __init__(self, name: str, store: Readable, root: bytes) -> None:
-        self.name = name
-        self.store = store
-        self.root = root
 
 
 class NodeSide:
@@ -109,10 +106,15 @@ class NodeSide:
         if entry is not None:
             header = entry.header
             return Point(header.ref, header.post_root, meta.generation, header.frame_id)
-        following = self._entry(shard, height + 1)
-        before = meta if following is None else following.before
-        assert before.tip.ref is not None and before.tip.height == height, (before.tip.ref, height)
-        return Point(before.tip.ref, before.tip.root, meta.generation, b"")  # it may have come back to that block
+        tip = self._tip(shard, height)
+        assert tip.ref is not None
+        return Point(tip.ref, tip.root, meta.generation, b"")  # it may have come back to that block
+
+    def vectors(self, shard: int, height: int) -> Vectors:
+        return self._tip(shard, height).vectors
+
+    def marks(self, shard: int) -> set[int]:
+        return {height for run in self.heights(shard).runs for height in run}
 
     def diff(self, shard: int, height: int) -> Diff:
         entry = self._entry(shard, height)
@@ -130,7 +132,16 @@ class NodeSide:
     def state(self, height: int) -> StoreState:
         tip = join_metas(self._metas).tip
         assert tip.height == height, (tip.ref, height)
-        return StoreState(self.name, union([view.store for view in self._views]), tip.root)
+        return StoreState(union([view.store for view in self._views]), tip.root)
+
+    def close(self) -> None:
+        """Views are closed by who opened them."""
+
+    def _tip(self, shard: int, height: int) -> Tip:
+        meta, following = self._meta(shard), self._entry(shard, height + 1)
+        before = meta if following is None else following.before
+        assert before is not None and before.tip.height == height, (before, height)
+        return before.tip
 
     def _meta(self, shard: int) -> Meta | None:
         return next((meta for meta in self._metas if meta.shard == shard), None)
@@ -162,8 +173,9 @@ class ObjectsSide:
         self.name = name
         self.read: Counter[str] = Counter()
         self._objects = objects
-        self._scratch = scratch
+        self._parts = PartReader(objects, scratch, self.read)
         self._indexes: dict[SegmentName, SegmentIndex] = {}
+        self._vectors: dict[tuple[int, int], Vectors] = {}  # by shard and height: of some segments in all
         manifests, segments = _listed(objects, name, chain_id)
         self.generation = self._choose(manifests, segments, wanted)
         self._manifests = {one.height: one for one in manifests if one.generation == self.generation}
@@ -196,6 +208,24 @@ class ObjectsSide:
         assert entry is not None
         return Point(entry.ref, entry.post_root, self.generation, entry.frame_id)
 
+    def vectors(self, shard: int, height: int) -> Vectors:
+        """From the nearest height in its segment at which they are known, by the changes in between."""
+        index = self._index_of(shard, height)
+        name, known = index.name, self._vectors
+        known[shard, name.last] = index.resume.tip.vectors
+        near = [at for at in range(name.first - 1, name.last + 1) if (shard, at) in known]
+        at = min(near, key=lambda one: abs(one - height))
+        while at < height:
+            known[shard, at + 1] = self.diff(shard, at + 1).advance(known[shard, at])
+            at += 1
+        while at > height:
+            known[shard, at - 1] = self.diff(shard, at).inverted().advance(known[shard, at])
+            at -= 1
+        return known[shard, height]
+
+    def marks(self, shard: int) -> set[int]:
+        return {name.last for name in self._segments if name.shard == shard}
+
     def diff(self, shard: int, height: int) -> Diff:
         index = self._index_of(shard, height)
         entry = index.entry(height)
@@ -209,30 +239,10 @@ class ObjectsSide:
         return {height: name.root_start for height, name in self._manifests.items()}
 
     def state(self, height: int) -> SnapshotState:
-        return SnapshotState(self, self._manifest(height))
+        return SnapshotState(self._manifest(height), self._parts)
 
-    def entries(self, manifest: Manifest, parts: Sequence[Part]) -> Entries:
-        """What some parts hold, one fetched after the other. Raises PartCorrupt."""
-        for part in parts:
-            yield from self._entries(manifest, part)
-
-    def _entries(self, manifest: Manifest, part: Part) -> Entries:
-        name, path, folder = manifest.part_name(part), self._scratch / part.name, self._scratch / f"{part.name}.store"
-        self.read += Counter(parts=1, bytes=part.size_bytes)
-        try:
-            self._objects.fetch_to(name, path)
-            check_digest(part, name, path.stat().st_size, digest_file(path))
-            store = RocksStore(folder)
-            try:
-                store.ingest([path])
-                yield from store.scan()
-            except StoreCorrupt as error:
-                raise PartCorrupt(f"a part cannot be read: {error.what}", where=name) from error
-            finally:
-                store.close()
-        finally:
-            path.unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
+    def close(self) -> None:
+        self._parts.close()
 
     def _choose(
         self, manifests: Sequence[ManifestName], segments: dict[SegmentName, int], wanted: bytes | None
@@ -276,19 +286,6 @@ class ObjectsSide:
         return read_manifest(self._objects, str(self._manifests[height]))
 
 
-class SnapshotState:
-    """A snapshot's parts."""
-
-    def __init__(self, side: ObjectsSide, manifest: Manifest) -> None:
-        self.name = side.name
-        self.side = side
-        self.manifest = manifest
-        self.root = manifest.root
-
-    def entries(self, parts: Sequence[Part]) -> Entries:
-        return self.side.entries(self.manifest, parts)
-
-
 def _listed(
     objects: ObjectStore, where: str, chain_id: str | None
 ) -> tuple[list[ManifestName], dict[SegmentName, int]]:
@@ -305,32 +302,3 @@ def _listed(
         raise NotFound("there is no snapshot and no archive", where=where)
     check_one_chain(chains, where)
     return manifests, segments
-
-
-# States
-
-
-def differing_keys(a: StoreState | SnapshotState, b: StoreState | SnapshotState) -> Iterator[Difference]:
-    """Keys that differ between two states, read part by part where partials differ, and no others."""
-    if isinstance(a, SnapshotState) and isinstance(b, SnapshotState):
-        for one, two in differing_runs(a.manifest.parts, b.manifest.parts):
-            yield from differing_entries(a.entries(one), b.entries(two))
-    elif isinstance(a, StoreState) and isinstance(b, StoreState):
-        yield from differing_entries(a.store.scan(), b.store.scan())
-    elif isinstance(a, SnapshotState) and isinstance(b, StoreState):
-        yield from _against_store(a, b)
-    else:
-        assert isinstance(b, SnapshotState) and isinstance(a, StoreState)
-        yield from (one._replace(a=one.b, b=one.a) for one in _against_store(b, a))
-
-
-def _against_store(snapshot: SnapshotState, held: StoreState) -> Iterator[Difference]:
-    """The store's entries up to the end of each part are hashed; a part of other partials is fetched."""
-    parts = snapshot.manifest.parts
-    starts = [b"", *(part.last_key + b"\0" for part in parts)]
-    for part, (start, stop) in zip(parts, pairwise(starts), strict=True):
-        found = audit(held.store.scan(start, stop))
-        vectors = {table_id: vector for table_id, vector in found.vectors.items() if any(vector)}
-        if (vectors, found.keys) != (part.partials, part.keys):
-            yield from differing_entries(snapshot.entries([part]), held.store.scan(start, stop))
-    yield from differing_entries(iter(()), chain(held.store.scan(starts[-1])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -11,6 +12,7 @@ from pipeline.errors import Different, NotFound
 from pipeline.state import UTXO
 from pipeline.stores.base import Batch
 from tests.topology.commands import Done, Site, here
+from tests.topology.sharded import Sharded
 
 PARTING = 80
 """Both have this block; above it each has its own."""
@@ -153,6 +155,59 @@ def test_a_history_and_a_snapshot(a: Site, b: Site) -> None:
         "by": "root",
         "read": {},
     }
+
+
+@pytest.fixture(scope="module")
+def four(base: tuple[Site, Site, Site], tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """The chain of ``a`` in four shards."""
+    site = Sharded(tmp_path_factory.mktemp("four") / "site").begin(4)
+    site.here("ingest", "synthetic", "--blocks", PARTING + 1, "--changes", 20).ok()
+    words = ("--from-height", PARTING, "--blocks", 69, "--changes", 20, "--seed", 2)
+    site.here("ingest", "synthetic", *words).ok()
+    site.follow("primary", "p", "--finality", 6)
+    site.here("snapshot").ok()
+    return site
+
+
+def test_histories_of_other_shards(a: Site, b: Site, base_site: Site, four: Site) -> None:
+    """By global roots: the same height and keys as between histories of one shard, whichever comes first; no part is
+    read, and of frames those of one segment of each shard at most."""
+    found = different(compared(url(four), url(b), "--limit", 1000))
+    known = different(compared(url(a), url(b), "--limit", 1000))
+    back = different(compared(url(b), url(four), "--limit", 1000))
+
+    assert (found["first_height"], found["is_first"], found["by"]) == (PARTING + 1, True, "history")
+    assert found["keys"] == known["keys"]
+    assert [(one["b"], one["a"]) for one in back["keys"]] == values(a, known)
+    assert found["a"] | {"frame_id": known["a"]["frame_id"]} == known["a"]  # a frame is of one shard
+    assert found["b"] == known["b"]
+    assert "parts" not in found["read"]["a"].keys() | found["read"]["b"].keys()
+    assert found["read"]["a"]["frames"] <= 4 * 64 and found["read"]["b"]["frames"] <= 64
+    height = PARTING + 69 - 6
+    assert compared(url(four), url(a)).ok() == {
+        "equal": True,
+        "height": height,
+        "by": "state",  # whose root is in the name
+        "read": {"a": {"indexes": 5, "bytes": ANY}, "b": {"indexes": 2, "bytes": ANY}},
+    }
+    assert compared(url(base_site), url(four)).ok()["height"] == PARTING - 6
+    assert compared(four.dir("p"), a.dir("p")).ok()["height"] == PARTING + 69
+    assert compared(four.dir("p"), url(a)).ok()["height"] == height
+
+
+def test_states_of_other_shards(a: Site, b: Site, four: Site) -> None:
+    """Snapshots, and nodes whose journals no longer reach the parting: the same keys as with one shard."""
+    height = PARTING + 69 - 6
+    found = different(compared(f"{url(four)}@{height}", f"{url(b)}@{height}", "--limit", 100_000))
+    known = different(compared(f"{url(a)}@{height}", f"{url(b)}@{height}", "--limit", 100_000))
+    nodes = different(compared(b.dir("p"), four.dir("p"), "--limit", 100_000))
+
+    assert (found["by"], found["first_height"], found["keys"]) == ("state", height, known["keys"])
+    assert compared(f"{url(four)}@{height}", f"{url(a)}@{height}").ok()["equal"]
+    assert (nodes["by"], nodes["first_height"]) == ("state", PARTING + 69)
+    assert nodes["keys"] == different(compared(b.dir("p"), a.dir("p"), "--limit", 100_000))["keys"]
+    assert different(compared(four.dir("p"), f"{url(b)}@{height}"))["by"] == "root"
+    assert compared(f"{url(a)}@{height}", four.dir("p")).ok()["by"] == "root"
 
 
 def test_limit(a: Site, b: Site) -> None:

@@ -5,23 +5,26 @@ from __future__ import annotations
 import itertools
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from pipeline.apply import describe_key
-from pipeline.comparison import Difference, Point, differing_changes, first_difference
+from pipeline.commitment import lthash
+from pipeline.comparison import Difference, Heights, Point, differing_changes, first_difference
 from pipeline.errors import Different, NotFound
 from pipeline.objects import open_objects
+from pipeline.shards import sum_vectors
 from pipeline.state import schema_named
 from topology import logs, settings
 from topology.commands.common import emit, opened_views, rows
+from topology.contents import differing_keys
 from topology.data_dir import DataDir
-from topology.sides import NodeSide, ObjectsSide, Side, differing_keys
+from topology.sides import NodeSide, ObjectsSide, Side
 
 _KEYS_MAX = 100
 _AT_HEIGHT = re.compile(r"(.+)@(\d+)")
@@ -68,7 +71,9 @@ def _open(stack: ExitStack, text: str, chain: str, wanted: bytes | None) -> Side
     url, height = (at_height[1], int(at_height[2])) if at_height else (text, None)
     if "://" in url:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stateferry-")))
-        return ObjectsSide(text, open_objects(url), scratch, chain_id=chain or None, wanted=wanted, height=height)
+        side = ObjectsSide(text, open_objects(url), scratch, chain_id=chain or None, wanted=wanted, height=height)
+        stack.callback(side.close)
+        return side
     if not DataDir(Path(text)).has_store:
         raise NotFound(
             "there is no store in this data directory", where=text, way_out="an object store is named by its URL"
@@ -77,16 +82,17 @@ def _open(stack: ExitStack, text: str, chain: str, wanted: bytes | None) -> Side
 
 
 def _compare(a: Side, b: Side, limit: int) -> dict[str, Any]:
-    history = _histories(a, b, limit)
+    history = (_histories if a.shards == b.shards else _whole_histories)(a, b, limit)
     if history is not None and history.get("is_first"):
         return history
-    return _states(a, b, limit) or history or _roots(a, b) or _nothing(a, b)
+    found = [one for one in (_states(a, b, limit), history) if one is not None]
+    differing = next((one for one in found if not one["equal"]), None)  # states name the keys
+    equal = max(found, key=lambda one: one.get("height", -1), default=None)
+    return differing or equal or _roots(a, b) or _nothing(a, b)
 
 
 def _histories(a: Side, b: Side, limit: int) -> dict[str, Any] | None:
-    """By points and changes; None if there is no height of which both have them."""
-    if a.shards != b.shards:
-        return None
+    """Shard by shard, by points and changes; None if there is no height of which both have them."""
     both = [a.heights(shard).common(b.heights(shard)) for shard in range(a.shards)]
     if not all(map(len, both)):
         return None
@@ -97,18 +103,60 @@ def _histories(a: Side, b: Side, limit: int) -> dict[str, Any] | None:
     shards = [shard for shard, one in enumerate(parted) if one is not None and one[0] == first]
     is_first = all(parted[shard] == (first, first - 1) for shard in shards)
     points = {name: _point(side.point(shards[0], first)) for name, side in (("a", a), ("b", b))}
-    keys = itertools.chain.from_iterable(
-        differing_changes(a.diff(shard, first), b.diff(shard, first)) for shard in shards
-    )
-    return (
-        {"equal": False, "first_height": first, "is_first": is_first, "by": "history", "shards": shards}
-        | points
-        | (_keys(keys if is_first else iter(()), limit))
-    )
+    document = {"equal": False, "first_height": first, "is_first": is_first, "by": "history", "shards": shards}
+    return document | points | _changed_keys(a, b, first if is_first else None, shards, shards, limit)
 
 
 def _is_alike(a: Side, b: Side, shard: int, height: int) -> bool:
     return a.point(shard, height).is_like(b.point(shard, height))
+
+
+def _whole_histories(a: Side, b: Side, limit: int) -> dict[str, Any] | None:
+    """The same between sides with other numbers of shards, by global roots: first where they cost no frames, then
+    between two such heights."""
+    both = Heights.common_to(side.heights(shard) for side in (a, b) for shard in range(side.shards))
+    if not len(both):
+        return None
+    last = both[len(both) - 1]
+    marks = set.intersection(*(side.marks(shard) for side in (a, b) for shard in range(side.shards)))
+    is_alike = cache(partial(_is_alike_whole, a, b))
+    parted = first_difference(both.only(marks | {last}), is_alike)
+    if parted is None:
+        return {"equal": True, "height": last, "by": "history"}
+    stop, below = parted
+    start = both[0] if below is None else below + 1
+    between = first_difference(both.common(Heights([range(start, stop + 1)])), is_alike)
+    assert between is not None, (start, stop)
+    first, before = between[0], below if between[1] is None else between[1]
+    is_first = before == first - 1
+    points = {name: _point(_whole_point(side, first)) for name, side in (("a", a), ("b", b))}
+    document = {"equal": False, "first_height": first, "is_first": is_first, "by": "history"}
+    return document | points | _changed_keys(a, b, first if is_first else None, range(a.shards), range(b.shards), limit)
+
+
+def _whole_point(side: Side, height: int) -> Point:
+    """With the global root."""
+    point = side.point(0, height)
+    if side.shards == 1:
+        return point
+    vectors = sum_vectors(side.vectors(shard, height) for shard in range(side.shards))
+    return Point(point.ref, lthash.state_root(vectors), point.generation, b"")
+
+
+def _is_alike_whole(a: Side, b: Side, height: int) -> bool:
+    if a.point(0, height).ref != b.point(0, height).ref:
+        return False  # and no vectors are needed
+    return _whole_point(a, height).is_like(_whole_point(b, height))
+
+
+def _changed_keys(
+    a: Side, b: Side, height: int | None, shards_a: Sequence[int], shards_b: Sequence[int], limit: int
+) -> dict[str, Any]:
+    """What the blocks of a height left different, of these shards; None: what was different before is not known."""
+    if height is None:
+        return _keys(iter(()), limit)
+    one, two = [a.diff(shard, height) for shard in shards_a], [b.diff(shard, height) for shard in shards_b]
+    return _keys(differing_changes(one, two), limit)
 
 
 def _states(a: Side, b: Side, limit: int) -> dict[str, Any] | None:
@@ -127,18 +175,13 @@ def _states(a: Side, b: Side, limit: int) -> dict[str, Any] | None:
 
 
 def _roots(a: Side, b: Side) -> dict[str, Any] | None:
-    """Where one has a history and the other a state, by the root alone; None without such a height. The roots of a
-    history are those of shards: with several of them it says nothing of the whole."""
-    if a.shards != 1 or b.shards != 1:
-        return None
-    pairs = [
-        (height, root, name)
-        for name, one, other in (("a", a, b), ("b", b, a))
-        for height, root in other.roots().items()
-        if any(height in run for run in one.heights(0).runs)
-    ]
+    """Where one has a history and the other a state, by the global root alone; None without such a height."""
+    pairs = []
+    for name, one, other in (("a", a, b), ("b", b, a)):
+        heights = Heights.common_to(one.heights(shard) for shard in range(one.shards))
+        pairs += [(height, root, name) for height, root in other.roots().items() if height in heights]
     for height, root, name in sorted(pairs):
-        point = (a if name == "a" else b).point(0, height)
+        point = _whole_point(a if name == "a" else b, height)
         if point.root[: len(root)] != root:
             document = {"equal": False, "first_height": height, "is_first": False, "by": "root"}
             return document | {name: _point(point), "b" if name == "a" else "a": {"root": root.hex()}}
@@ -159,11 +202,8 @@ def _reach(side: Side) -> str:
 
 
 def _point(point: Point) -> dict[str, Any]:
-    return {
-        "block_hash": point.ref.block_hash[::-1].hex(),
-        "root": point.root.hex(),
-        "frame_id": point.frame_id.hex(),
-    }
+    found = {"block_hash": point.ref.block_hash[::-1].hex(), "root": point.root.hex()}
+    return found | ({"frame_id": point.frame_id.hex()} if point.frame_id else {})
 
 
 def _keys(found: Iterator[Difference], limit: int) -> dict[str, Any]:
