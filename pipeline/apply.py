@@ -14,10 +14,11 @@ from operator import add, not_
 from typing import NamedTuple, TypeVar
 
 from pipeline.block import Block, BlockRef, Op, Ops
-from pipeline.delta import References, TableDiff, resolve
+from pipeline.delta import References, resolve
 from pipeline.diff import Diff
 from pipeline.errors import ApplyConflict, BlockInvalid
 from pipeline.state import Reader, Schema, schema_named
+from pipeline.table_diff import TableDiff
 
 _IS_CREATE = bytes(code == Op.CREATE for code in range(256))
 _IS_DELETE = bytes(code == Op.DELETE for code in range(256))

@@ -13,9 +13,10 @@ from typing import NamedTuple
 from blake3 import blake3
 
 from pipeline.commitment import lthash
-from pipeline.delta import Created, References, TableDiff, decode_references, decode_whole, encode_whole, table_diff
+from pipeline.delta import Created, References, decode_references, decode_whole, encode_whole
 from pipeline.errors import FrameCorrupt, Unsupported
 from pipeline.state import SCHEMAS, Change
+from pipeline.table_diff import TableDiff, table_diff
 
 BODY_BYTES_MAX = 256 << 20
 """Bound of a diff's columns, decompressed."""

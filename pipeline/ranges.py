@@ -28,12 +28,13 @@ from blake3 import blake3
 from pipeline.archive import resume_record
 from pipeline.block import BlockRef
 from pipeline.commitment import lthash
-from pipeline.delta import TableDiff, encode_whole
+from pipeline.delta import encode_whole
 from pipeline.diff import EMPTY_VECTORS, Diff
 from pipeline.errors import RangeCorrupt
 from pipeline.position import Meta
 from pipeline.range_names import RangeName
 from pipeline.range_pieces import Entry, Head, Piece, encode_piece, pack_chunk, span_of
+from pipeline.table_diff import TableDiff
 
 PIECE_RAW_BYTES = 32 << 20
 """Of its chunks before compression. As of snapshot parts: a fetch that fails costs little."""

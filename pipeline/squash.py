@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from pipeline import frame
 from pipeline.archive import Segment, SegmentName
-from pipeline.delta import TableDiff, encode_whole, table_diff
+from pipeline.delta import encode_whole
 from pipeline.diff import decode_whole_body
 from pipeline.errors import RangeCorrupt
 from pipeline.frame import Header
@@ -26,6 +26,7 @@ from pipeline.range_names import RangeName
 from pipeline.range_pieces import CHUNK_CHANGES_MAX, CHUNK_RAW_BYTES, Entry, pack_chunk, unpack_chunk
 from pipeline.ranges import RangeDiff, RangeWriter
 from pipeline.state import SCHEMAS, Change
+from pipeline.table_diff import TableDiff, table_diff
 
 LEVELS = (64, 4096, 65536)
 """Blocks. Ten hours, four weeks and fifteen months of Bitcoin: to any of its 900,000 heights lead at most 14 + 15 + 63

@@ -14,7 +14,6 @@ from pipeline.archive import Segment, build_segment
 from pipeline.audits import Level, Point, check_journal, store_points
 from pipeline.block import BlockRef
 from pipeline.commitment import lthash
-from pipeline.delta import table_diff
 from pipeline.diff import Diff, decode_whole_body, join_tables
 from pipeline.errors import AuditFailed, Diverged, RangeCorrupt, SegmentCorrupt, SignatureWrong, StoreCorrupt
 from pipeline.objects import LocalObjects
@@ -24,6 +23,7 @@ from pipeline.sections import Layout
 from pipeline.signature import Signature
 from pipeline.snapshot import Manifest, encode_manifest
 from pipeline.state import UTXO
+from pipeline.table_diff import table_diff
 from tests.ferries import Ferry, make_ferry
 from topology import auditor as auditor_module
 from topology.auditor import Auditor

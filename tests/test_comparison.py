@@ -19,10 +19,10 @@ from pipeline.comparison import (
     differing_runs,
     first_difference,
 )
-from pipeline.delta import table_diff
 from pipeline.diff import Diff
 from pipeline.parts import Part
 from pipeline.state import UTXO, Change
+from pipeline.table_diff import table_diff
 from pipeline.verify import audit
 from tests.walks import coin, ref
 

@@ -12,18 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from walks import coin
 
-from pipeline.delta import (
-    CHANGES_MAX,
-    TableDiff,
-    decode_references,
-    decode_whole,
-    encode_references,
-    encode_whole,
-    resolve,
-    table_diff,
-)
+from pipeline.columns import CHANGES_MAX
+from pipeline.delta import decode_references, decode_whole, encode_references, encode_whole, resolve
 from pipeline.errors import ApplyConflict, FrameCorrupt
 from pipeline.state import UTXO, Change, Schema
+from pipeline.table_diff import TableDiff, table_diff
 
 PLAIN = Schema(table_id=9, name="plain", key_bytes=12, route_bytes=10, short_at=10)
 SCHEMAS = [UTXO, PLAIN]

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from walks import coin
 
 from pipeline.commitment import lthash
-from pipeline.delta import table_diff
 from pipeline.diff import (
     EMPTY_COUNTS,
     EMPTY_VECTORS,
@@ -24,6 +23,7 @@ from pipeline.diff import (
 )
 from pipeline.errors import FrameCorrupt, Unsupported
 from pipeline.state import UTXO, Change
+from pipeline.table_diff import table_diff
 
 State = dict[bytes, bytes]
 EMPTY_TABLE = bytes(12) + (bytes(4) + b"\x01") * 3 + b"\x01" * 4

@@ -16,7 +16,6 @@ from pipeline import ranges
 from pipeline import restore as restoring
 from pipeline import squash as squashing
 from pipeline.archive import parse_segment_name
-from pipeline.delta import table_diff
 from pipeline.errors import NotFound, RangeCorrupt, Unsupported
 from pipeline.objects import LocalObjects
 from pipeline.range_names import PieceName, RangeName, parse_piece_name
@@ -24,6 +23,7 @@ from pipeline.range_pieces import Piece
 from pipeline.ranges import RangeWriter
 from pipeline.restore import Stage
 from pipeline.state import UTXO, Change
+from pipeline.table_diff import table_diff
 from tests.ferries import Ferry, Killed, held, kill_at, make_ferry, opened
 from tests.walks import GENERATION, Node, content
 from topology.restore_plans import Request, plan_restore

@@ -16,7 +16,6 @@ from test_diff import State, applied, between, states
 from pipeline import frame, range_pieces, ranges
 from pipeline import squash as squashing
 from pipeline.archive import Committed, Segment, SegmentName
-from pipeline.delta import TableDiff, table_diff
 from pipeline.diff import Diff, decode_whole_body, squash
 from pipeline.errors import RangeCorrupt, Unsupported
 from pipeline.position import encode_meta
@@ -25,6 +24,7 @@ from pipeline.range_pieces import CHUNK_RAW_BYTES_MAX, Entry, Piece, Section, sp
 from pipeline.ranges import RangeDiff, RangeWriter
 from pipeline.squash import LEVELS, Due, Lowest, due_ranges, merge, net, squash_ranges
 from pipeline.state import UTXO, Change
+from pipeline.table_diff import TableDiff, table_diff
 from tests.walks import GENERATION, Node, drive, make_walk
 
 NAME = RangeName("walk", GENERATION.generation, 0, 0, 63)

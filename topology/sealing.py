@@ -30,11 +30,11 @@ import msgpack
 
 from pipeline.codec import Codec
 from pipeline.commitment import lthash
-from pipeline.delta import TableDiff
 from pipeline.diff import Diff, Portion
 from pipeline.errors import StateferryError
 from pipeline.seal import Pending, Seal, Shared, seal, seal_at_once
 from pipeline.state import SCHEMAS
+from pipeline.table_diff import TableDiff
 
 _CHANGES_MIN = 200
 """A smaller block is sealed here: it takes no longer than asking."""

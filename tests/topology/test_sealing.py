@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.codec import Codec
-from pipeline.delta import table_diff
 from pipeline.diff import Diff
 from pipeline.errors import StateferryError
 from pipeline.seal import Shared, seal
 from pipeline.state import UTXO, Change
+from pipeline.table_diff import table_diff
 from tests.topology.commands import Site, finish, same_state, wait_until
 from topology.sealing import Sealing
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from pipeline import frame
 from pipeline.apply import apply_block
 from pipeline.block import Block, BlockRef, Connect, SourceEpoch, SourceStamp, decode_event, encode_event
-from pipeline.delta import TableDiff
 from pipeline.diff import EMPTY_COUNTS, EMPTY_VECTORS, Diff
 from pipeline.generation import FINALITY_DEFAULT, Generation, Opening, encode_opening
 from pipeline.position import Meta
@@ -21,6 +20,7 @@ from pipeline.sources.bitcoin import parse_block, parse_header
 from pipeline.sources.bitcoin_files import read_base_coins, read_blocks
 from pipeline.state import UTXO
 from pipeline.stores.base import Batch, Store
+from pipeline.table_diff import TableDiff
 
 DATA = Path(__file__).parents[2] / "tests/data/bitcoin"
 """Where the real blocks are in a checkout."""

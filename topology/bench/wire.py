@@ -24,10 +24,10 @@ import msgpack
 from pipeline import delta, frame
 from pipeline.block import Block
 from pipeline.codec import Codec, compress
-from pipeline.delta import TableDiff
 from pipeline.diff import decode_whole_body
 from pipeline.state import UTXO
 from pipeline.stores.memory import MemoryStore
+from pipeline.table_diff import TableDiff
 from topology.bench import loads
 from topology.bench.apply import WIRE, Applier
 from topology.bench.processes import new_place
