@@ -13,9 +13,10 @@ from __future__ import annotations
 from pipeline import chunk
 from pipeline.block import Connect, Event, Rewind, SourceEpoch, decode_event
 from pipeline.errors import EventCorrupt, FrameCorrupt, WalkGap, WalkInvalid
+from pipeline.floor import EventsFloor
 from pipeline.frame import NO_HASH, digest_of
 from pipeline.generation import Generation
-from pipeline.position import NO_WRITER
+from pipeline.position import NO_WRITER, Meta
 from pipeline.primary import Reading
 from pipeline.sources.branch import Branch, Connected, Rewound
 
@@ -83,6 +84,13 @@ def source_after(event: Event, generation: bytes, source: Source) -> Source:
     return source
 
 
+def takes_back(event: SourceEpoch, ahead: Meta) -> bool:
+    """Whether a source's EPOCH that came in force behind ``ahead`` makes void what a shard has applied. One shard may
+    apply what another refuses; with one shard alone that cannot be, and what took effect stands."""
+    ours = (event.stamp.generation, event.stamp.chain_id) == (ahead.generation, ahead.chain_id)
+    return ours and event.voids and ahead.shards > 1 and 0 < event.resume_walk <= ahead.walk
+
+
 class Stuck:
     """A reader with a state, behind a record that it refuses: all is void up to an EPOCH that mends it.
 
@@ -106,22 +114,26 @@ class Stuck:
 class SourcePosition:
     """Where the walk on the topic stands, from its records alone: what a source must know before it publishes.
 
-    Holds a hash a block, and for each walk number what it takes to take it back.
+    Holds a hash a block, and for each walk number what it takes to take it back. What is below a floor is not known:
+    neither which blocks were left there, nor how to go back to it.
     """
 
-    def __init__(self, generation: Generation) -> None:
-        self.source: Source = NO_SOURCE
-        self.branch = Branch(generation.base)
+    def __init__(self, generation: Generation, floor: EventsFloor | None = None) -> None:
+        """``floor``: where the records begin that will be followed; None: with the first one."""
+        self.source: Source = NO_SOURCE if floor is None else floor.source
+        self.branch = Branch(generation.base if floor is None else floor.ref)
         self.is_stuck = False  # behind a bad record: all is void up to an EPOCH that mends it
-        self.next_offset = 0  # of the topic's record behind those that were read, which whoever reads it counts
+        # Of the topic's record behind those that were read, which whoever reads it counts.
+        self.next_offset = 0 if floor is None else floor.mark.next_offset
         self._generation = generation
+        self._floor_walk = 0 if floor is None else floor.walk
         self._steps: list[Connected | Rewound] = []
         self._resumes = 0  # where the source in force goes on, until its first event
 
     @property
     def walk(self) -> int:
         """The last walk number; 0 before the first."""
-        return len(self._steps)
+        return self._floor_walk + len(self._steps)
 
     def meet_bad_record(self) -> None:
         """A record that no reader gets past without a mending EPOCH."""
@@ -141,9 +153,9 @@ class SourcePosition:
                 return
             self.is_stuck, self._resumes = False, event.resume_walk
             if event.voids:
-                self.take_back_to(max(event.resume_walk, 1) - 1)
+                self.take_back_to(max(event.resume_walk - 1, self._floor_walk))
         elif (stamp.epoch, stamp.writer) == self.source and not self.is_stuck:
-            if 0 < event.walk == self._resumes <= self.walk:
+            if self._floor_walk < event.walk == self._resumes <= self.walk:
                 self.take_back_to(event.walk - 1)  # it says again what stood there: its state refused that
             self._resumes = 0
             self._follow(event)
@@ -168,10 +180,10 @@ class SourcePosition:
 
     def take_back_to(self, walk: int) -> None:
         """Events above a walk number are void. Raises WalkGap if the walk does not reach it."""
-        if not 0 <= walk <= self.walk:
+        if not self._floor_walk <= walk <= self.walk:
             raise WalkGap(
                 f"the walk on the topic cannot be resumed from number {walk + 1}: it stands at {self.walk}",
-                way_out=f"name a walk number from 1 to {self.walk + 1}",
+                way_out=f"name a walk number from {self._floor_walk + 1} to {self.walk + 1}",
             )
         while self.walk > walk:
             self.branch.take_back(self._steps.pop())

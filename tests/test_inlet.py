@@ -3,6 +3,8 @@ topic, for a primary, whose state refuses more than the topic shows, and for one
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from random import Random
 
@@ -11,9 +13,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from walks import GENERATION, NO_PARENT, block, ref
 
-from pipeline.block import BlockRef, Connect, Event, Rewind, SourceEpoch, SourceStamp, encode_event
+from pipeline.block import BlockRef, Connect, Event, Rewind, SourceEpoch, SourceStamp, decode_event, encode_event
 from pipeline.errors import BlockInvalid, CorruptInput, EventCorrupt, WalkGap, WrongChain
+from pipeline.floor import EventsFloor
 from pipeline.inlet import NO_SOURCE, EventReader, Source, SourcePosition, Stuck
+from pipeline.position import LogMark
 from pipeline.sources.branch import Branch
 from pipeline.walk import Apply, Reign, Stand, Undo, plan
 
@@ -22,18 +26,26 @@ BAD = b"!"
 GARBAGE = b"no event"
 
 
-def by_topic(records: list[bytes]) -> SourcePosition:
-    """What a source sees."""
-    position, reader = SourcePosition(GENERATION), EventReader(GENERATION.generation, with_ops=False)
-    for offset, record in enumerate(records):
+def by_topic(records: list[bytes], floor: EventsFloor | None = None) -> SourcePosition:
+    """What a source sees. ``floor``: where the topic begins by now."""
+    position = SourcePosition(GENERATION, floor)
+    for _ in walk_along(position, records):
+        pass
+    return position
+
+
+def walk_along(position: SourcePosition, records: list[bytes]) -> Iterator[SourcePosition]:
+    """The same position behind each record from where it stands."""
+    reader = EventReader(GENERATION.generation, with_ops=False)
+    for offset in range(position.next_offset, len(records)):
         try:
-            found = reader.feed(record, offset, position.source)
+            found = reader.feed(records[offset], offset, position.source)
         except EventCorrupt:
             position.meet_bad_record()
-            continue
-        if found is not None:
-            position.follow(found[0])
-    return position
+        else:
+            if found is not None:
+                position.follow(found[0])
+        yield position
 
 
 @dataclass
@@ -252,6 +264,60 @@ def test_resuming_where_the_primary_stopped_mends(seed: int, voids: bool, later:
     assert agrees(reader, by_topic(topic.records))
     for mark in range(len(reader.marks)):
         assert agrees(reader.again(mark).read(topic.records), by_topic(topic.records))
+
+
+@given(st.integers(0, 1 << 32))
+@example(1)
+def test_what_is_left_of_a_topic_says_the_same(seed: int) -> None:
+    """Behind any event that was applied and is never taken back: whoever reads on from there knows what one knows that
+    read all."""
+    topic = disorderly(seed)
+    reader, whole = Reader().read(topic.records), by_topic(topic.records)
+    for mark in range(1, len(reader.marks)):
+        offset, walk, source = reader.marks[mark]
+        tip = reader.again(mark).branch.tip
+        assert tip is not None
+        floor = EventsFloor(ref=tip, mark=LogMark(next_offset=offset, last_digest=b""), walk=walk, source=source)
+        along = list(_facts(SourcePosition(GENERATION), topic.records, tip))
+        is_same = along[offset - 1] == (source, walk, True, False)
+        stays = all(at >= walk and stands for _, at, stands, _ in along[offset:])
+        if is_same and stays and not _says_again(topic.records[offset:], walk):
+            left = by_topic(topic.records, floor)
+
+            assert (left.source, left.walk, left.branch.tip) == (whole.source, whole.walk, whole.branch.tip)
+            assert left.is_stuck == whole.is_stuck
+
+
+def _says_again(records: list[bytes], walk: int) -> bool:
+    """Whether a source resumes at or below a number that has taken effect, which no source of ours does."""
+    for record in records:
+        with suppress(EventCorrupt):
+            event = decode_event(record)
+            if isinstance(event, SourceEpoch) and event.resume_walk <= walk:
+                return True
+    return False
+
+
+def _facts(position: SourcePosition, records: list[bytes], tip: BlockRef) -> Iterator[tuple[Source, int, bool, bool]]:
+    """Behind each record: who is in force, the walk, whether ``tip`` stands on the branch, and whether it is stuck."""
+    for at in walk_along(position, records):
+        yield at.source, at.walk, at.branch.ref(tip.block_hash) is not None, at.is_stuck
+
+
+def test_below_a_floor_there_is_no_way_back() -> None:
+    """Its walk number is the lowest that can be resumed from, its block the lowest that can be rewound to."""
+    at = LogMark(next_offset=40, last_digest=b"")
+    floor = EventsFloor(ref=BlockRef(7, b"7" * 32), mark=at, walk=12, source=(3, b"s" * 16))
+    position = SourcePosition(GENERATION, floor)
+    stamp = SourceStamp(chain_id="walk", generation=GENERATION.generation, epoch=3, writer=b"s" * 16)
+    position.follow(Connect(stamp=stamp, walk=13, block=block(BlockRef(8, b"8" * 32), b"7" * 32)))
+    position.follow(Rewind(stamp=stamp, walk=14, to=floor.ref))
+    assert (position.walk, position.branch.tip, position.is_stuck) == (14, floor.ref, False)
+    with pytest.raises(WalkGap, match="from 13 to 15"):
+        position.take_back_to(11)
+
+    position.follow(Rewind(stamp=stamp, walk=15, to=BlockRef(6, b"6" * 32)))
+    assert (position.walk, position.is_stuck) == (14, True)
 
 
 def _same_walk(reader: Reader, position: SourcePosition) -> bool:

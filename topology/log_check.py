@@ -16,7 +16,7 @@ from pipeline.position import LogMark, Meta
 from pipeline.primary import check_repeat
 from pipeline.replica import Replica
 from pipeline.splitting import ShardEventReader, stood_at
-from topology import logs, topics
+from topology import floors, logs, topics
 from topology.transports.base import Broker
 
 log = logs.get()
@@ -83,19 +83,22 @@ async def find_events(broker: Broker, generation: Generation, replica: Replica) 
     """
     topic, shard, mark = generation.events_topic, replica.meta.shard, replica.meta.blocks
     first, end = await broker.bounds(topic, shard)
+    if mark.next_offset < first:
+        raise OffsetOutOfRange(
+            f"the topic begins at offset {first}, this store reads events from {mark.next_offset}",
+            where=f"{topic}[{shard}]",
+            way_out="restore from a snapshot into an empty data directory: `stateferry restore`",
+        )
     if await holds(broker, topic, shard, mark):
-        if mark.next_offset < first:
-            raise OffsetOutOfRange(f"the blocks topic begins at offset {first}", where=topic)
-        after = 0
-        if generation.shards > 1 and mark.next_offset > first:
-            after = stood_at((await broker.read(topic, shard, mark.next_offset - 1, bytes_max=1))[0].value)
+        after = await _stood_at(broker, generation, shard, mark.next_offset, first)
         return mark.next_offset, _reader(generation, shard, after=after, previous_digest=mark.last_digest or NO_HASH)
     log.warning("blocks_log_shorter", stored_offset=mark.next_offset, end_offset=end)
-    await topics.check_begins(broker, topic, shard)
-    position = SourcePosition(generation)
-    reader = _reader(generation, shard, with_ops=False)
-    last, follow_on = NO_HASH, first
-    async for record in topics.records(broker, topic, partition=shard):
+    floor = await floors.of_events(broker, generation, shard, mark.next_offset)
+    position = SourcePosition(generation, floor)
+    last, follow_on = NO_HASH, position.next_offset
+    after = await _stood_at(broker, generation, shard, follow_on, first)
+    reader = _reader(generation, shard, after=after, with_ops=False)
+    async for record in topics.records(broker, topic, follow_on, partition=shard):
         if record.offset >= mark.next_offset:
             break
         follow_on, last = record.offset + 1, digest_of(record.value)
@@ -117,6 +120,14 @@ async def find_events(broker: Broker, generation: Generation, replica: Replica) 
     epoch, writer = position.source if position.source[0] else NO_SOURCE
     replica.meta = replace(replica.meta, source_epoch=epoch, source_writer=writer)
     return follow_on, _reader(generation, shard, previous_digest=last)
+
+
+async def _stood_at(broker: Broker, generation: Generation, shard: int, offset: int, first: int) -> int:
+    """What a reader of a partition of `shard-blocks` had read before ``offset``, as an offset on `blocks`."""
+    if generation.shards == 1 or offset <= first:
+        return 0
+    before = await broker.read(generation.events_topic, shard, offset - 1, bytes_max=1)
+    return stood_at(before[0].value)
 
 
 def _reader(

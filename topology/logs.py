@@ -36,6 +36,7 @@ EVENTS: Final[dict[str, str]] = {
     "archive_squashed": "shard, ranges, seconds",
     "archive_not_squashed": "shard, error, message",
     "archive_gap_left": "first_height, last_height",  # neither archived nor in this node's journal
+    "topics_trimmed": "height, records",
     "lease_not_held": "kind, chain, message",  # what is read or put is not kept from sweeps
     "object_swept": "object, bytes, why",
     "restore_planned_again": "height, manifest",  # what it was to fetch was swept

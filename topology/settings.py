@@ -83,6 +83,9 @@ class Settings(BaseSettings):
     """Those of these heights."""
     keep_every: int = Field(default=0, ge=0)
     """One, the lowest, of each run of so many blocks."""
+    trim_keep_blocks: int | None = Field(default=None, ge=0)
+    """Records of blocks that are archived are deleted from the topics, but for those of so many: who is away for longer
+    restores. A primary does it by itself if this is set; 1,008 are a week of Bitcoin. None: topics keep everything."""
     group_bytes_max: int = Field(default=16 << 20, ge=1 << 16)
     """Frames read back and not yet written, with what they change: written at the latest when there are this many."""
     ahead_bytes_max: int = Field(default=24 << 20, ge=1 << 16)

@@ -16,10 +16,11 @@ from typing import NamedTuple
 from pipeline import chunk, failpoints, frame
 from pipeline.block import Block, BlockRef, Connect, Event, Rewind, SourceEpoch, SourceStamp, encode_event
 from pipeline.errors import BlockOrphan, EventCorrupt, Fenced, FrameCorrupt, Unsupported, UsageError
+from pipeline.frame import Feature
 from pipeline.generation import Generation
 from pipeline.inlet import EventReader, Source, SourcePosition, source_after
 from pipeline.sources import branch
-from topology import topics
+from topology import floors, topics
 from topology.transports.base import Broker
 
 BATCH_BYTES_MAX = 4 << 20
@@ -46,11 +47,12 @@ class Published(NamedTuple):
 
 
 async def read_position(broker: Broker, generation: Generation) -> SourcePosition:
-    """Where the walk on the topic stands. Raises OffsetOutOfRange if the topic's beginning was deleted."""
-    await topics.check_begins(broker, generation.blocks_topic)
-    position = SourcePosition(generation)
+    """Where the walk on the topic stands. Raises OffsetOutOfRange if its beginning was deleted and no floor says
+    what it was."""
+    floor = await floors.of_blocks(broker, generation)
+    position = SourcePosition(generation, floor)
     reader = EventReader(generation.generation, with_ops=False)
-    async for record in topics.records(broker, generation.blocks_topic):
+    async for record in topics.records(broker, generation.blocks_topic, position.next_offset):
         position.next_offset = record.offset + 1
         try:
             found = reader.feed(record.value, record.offset, position.source)
@@ -63,11 +65,13 @@ async def read_position(broker: Broker, generation: Generation) -> SourcePositio
 
 
 async def applied_walk(broker: Broker, generation: Generation) -> int:
-    """The last walk number that took effect, by the frames at the end of the diffs topic; 0 without any.
+    """The last walk number that took effect, in all shards, by the frames at the end of the diffs topic; 0 without any.
 
-    It looks at the end only. Whoever wrote a frame was in force when it did, so the highest epoch there is.
+    It looks at the end only. Whoever wrote a frame was in force when it did, so the highest epoch there is. Where no
+    frame is left, all of them were archived: the floor says their walk.
     """
-    return max([await _applied_walk(broker, generation, shard) for shard in range(generation.shards)])
+    said = [shard.events.walk for floor in await floors.of(broker, generation) for shard in floor.shards]
+    return max([*said, min([await _applied_walk(broker, generation, shard) for shard in range(generation.shards)])])
 
 
 async def _applied_walk(broker: Broker, generation: Generation, shard: int) -> int:
@@ -84,7 +88,8 @@ async def _applied_walk(broker: Broker, generation: Generation, shard: int) -> i
                 if chunk.is_chunk(record.value):
                     message = assembler.feed(chunk.decode_chunk(record.value))
                 header = None if message is None else frame.peek(message)
-                if header is not None and header.is_numbered and header.generation == generation.generation:
+                says = header is not None and (header.is_numbered or Feature.TAKES_BACK in header.required)
+                if header is not None and says and header.generation == generation.generation:
                     found.append((header.epoch, header.seq, header.walk))
         if len(found) > 1 or start == first:
             return max(found)[2]
@@ -162,9 +167,9 @@ class Publisher:
 
     def _is_below_base(self, offer: Offer) -> bool:
         """Whether the blocks offered have not reached the base yet: files begin where the chain does."""
-        if self._reached_branch or self._generation.base is None:
-            return False
         known = self.position.branch
+        if self._reached_branch or known.base is None:
+            return False
         hashes = (offer.block_hash, offer.parent_hash)
         self._reached_branch = any(known.ref(one) is not None or known.was_left(one) for one in hashes)
         return not self._reached_branch

@@ -12,10 +12,11 @@ from typing import Any
 
 from pipeline import failpoints
 from pipeline.errors import LogLost
+from pipeline.frame import NO_HASH
 from pipeline.generation import Generation
 from pipeline.position import LogMark
 from pipeline.splitting import CutReader, SplitPoint, Splitter, lowest
-from topology import log_check, logs, topics
+from topology import floors, log_check, logs, topics
 from topology.transports.base import Broker
 
 log = logs.get()
@@ -75,8 +76,21 @@ class Splitting:
             if found is not None:
                 return SplitPoint.after(found)
             if start == first:
-                return SplitPoint()
+                return await self._floor()
             count *= 16
+
+    async def _floor(self) -> SplitPoint:
+        """Where `blocks` begins, for a partition that holds no event. Raises OffsetOutOfRange."""
+        floor = await floors.of_blocks(self._broker, self._generation)
+        if floor is None:
+            return SplitPoint()
+        mark = floor.mark
+        return SplitPoint(
+            next_offset=mark.next_offset,
+            last_digest=mark.last_digest or NO_HASH,
+            source=floor.source,
+            walk=floor.walk,
+        )
 
     def rest(self) -> None:
         """`blocks` belongs to another worker now."""

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from pipeline import generation as generations
 from pipeline import shards
 from pipeline.block import BlockRef
-from pipeline.errors import NotFound, OffsetOutOfRange, SettingsConflict, WrongChain
+from pipeline.errors import NotFound, SettingsConflict, WrongChain
 from pipeline.generation import GENERATIONS_TOPIC, Generation, Opening
 from topology.transports.base import Broker, Record, TopicSpec
 
@@ -31,19 +31,6 @@ async def records(broker: Broker, topic: str, start: int | None = None, *, parti
         if not batch:
             return
         offset = batch[-1].offset + 1
-
-
-async def check_begins(broker: Broker, topic: str, shard: int = 0) -> None:
-    """Raises OffsetOutOfRange unless a topic of events still has its first record: where its walk stands, is known from
-    all of it."""
-    first, _ = await broker.bounds(topic, shard)
-    if first > 0:
-        raise OffsetOutOfRange(
-            f"the topic begins at offset {first}: the events before it were deleted, and with them what its walk is "
-            "counted from",
-            where=f"{topic}[{shard}]",
-            way_out="`stateferry generation new` begins again from a snapshot, with topics of its own",
-        )
 
 
 async def current_generation(broker: Broker) -> Generation | None:
@@ -108,7 +95,7 @@ async def opening(broker: Broker, generation: Generation, shard: int = 0) -> tup
         raise NotFound(
             "the first record of the diffs topic was deleted",
             where=f"{topic}[{shard}]",
-            way_out="restore from a snapshot: `stateferry restore`",
+            way_out="begin from a snapshot: `stateferry restore` into an empty data directory",
         )
     if end == 0:
         return None

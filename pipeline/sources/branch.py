@@ -146,6 +146,11 @@ class Branch:
                 self._left.difference_update(left)
 
     @property
+    def base(self) -> BlockRef | None:
+        """What nothing is known below; None: the branch is known from its first block on."""
+        return BlockRef(self._first_height, self._hashes[0]) if self._has_base else None
+
+    @property
     def begins_with(self) -> BlockRef | None:
         """The chain's first block, or None: not seen yet, or below the base."""
         return None if self._has_base or not self._hashes else BlockRef(0, self._hashes[0])
@@ -193,6 +198,8 @@ def _way_out(branch: Branch, parent_hash: bytes, *, again: bool) -> str:
         return "begin with the chain's first block, or with a base"
     if branch.was_left(parent_hash) and not again:
         return "to walk back onto that branch, ingest it from the fork point on with --again"
+    if branch.base is not None:
+        return f"ingest blocks that meet the branch, which is known from {branch.base} on"
     return "ingest the blocks in between first"
 
 

@@ -63,7 +63,7 @@ def common_options(command: Command) -> Command:
 
 
 _EXTRA = (
-    *("finality", "serve", "require_signature"),
+    *("finality", "serve", "require_signature", "trim_keep_blocks"),
     *("keep_last", "keep_days", "keep_heights", "keep_every"),
 )
 """Settings that are options of some commands only."""

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from dataclasses import replace
 from typing import Any
 
 import click
 
 from pipeline import generation as generations
-from pipeline.errors import NotFound, UsageError
-from pipeline.generation import Generation, Opening
+from pipeline.errors import NotFound, OffsetOutOfRange, UsageError
+from pipeline.generation import Generation
 from pipeline.objects import ObjectStore, open_objects
 from pipeline.position import NO_WRITER, Meta
 from pipeline.replica import reign
 from pipeline.shards import check_shards
 from pipeline.signature import check_signature
 from pipeline.snapshot import Manifest
-from topology import base_state, topics
+from topology import base_state, floors, topics
 from topology.commands.common import ask_broker, common_options, emit, rows
 from topology.rescaling import rescale
 from topology.settings import Settings
@@ -89,7 +90,7 @@ def new(settings: Settings, height: int | None, shards: int | None, broker_lost:
         base = await asyncio.to_thread(_publish_base, settings, objects, manifest, wanted)
         begun = await topics.open_generation(broker, base_state.with_base(wanted, base))
         if ended is not None:
-            await _end(broker, ended, begun)
+            await _end(broker, ended, begun, manifest)
         await topics.ensure_openings(broker, begun, manifest.finality)
         return _document(begun) | {"ended": manifest.generation.hex(), "from_manifest": manifest.name}
 
@@ -104,23 +105,39 @@ def _publish_base(settings: Settings, objects: ObjectStore, manifest: Manifest, 
     return rescale(objects, manifest, wanted, settings.data_dir / _SCRATCH_FOLDER, key=key)
 
 
-async def _end(broker: Broker, ended: Generation, successor: Generation) -> None:
-    """End the partitions of a generation."""
+async def _end(broker: Broker, ended: Generation, successor: Generation, manifest: Manifest) -> None:
+    """End the partitions of a generation. ``manifest``: a snapshot of it."""
     for shard in range(ended.shards):
-        meta = await _last_epoch(broker, ended, shard)
+        meta = await _last_epoch(broker, ended, manifest.resumes[shard])
         if meta is not None:
             record = generations.encode_end(successor, ended, shard=shard, epoch=meta.epoch + 1, writer=NO_WRITER)
             await broker.append(ended.diffs_topic, shard, [(None, record)])
 
 
-async def _last_epoch(broker: Broker, ended: Generation, shard: int) -> Meta | None:
-    """The epoch in force at the end of a shard's diffs, by the EPOCH records there; None if it was never opened."""
-    opened = await topics.opening(broker, ended, shard)
-    if opened is None:
-        return None
-    opening: Opening = opened[0]
-    meta = opening.meta(offset=0, digest=b"")
-    async for record in topics.records(broker, ended.diffs_topic, 1, partition=shard):
+async def _last_epoch(broker: Broker, ended: Generation, resume: Meta) -> Meta | None:
+    """The epoch in force at the end of a shard's diffs, by the EPOCH records there; None if it was never opened.
+
+    Read from the first record on; where that was deleted, from a floor, or else from the snapshot's ``resume``. Raises
+    OffsetOutOfRange if the topic holds neither place.
+    """
+    shard = resume.shard
+    first, end = await broker.bounds(ended.diffs_topic, shard)
+    if first == 0:
+        opened = await topics.opening(broker, ended, shard)
+        if opened is None:
+            return None
+        meta = opened[0].meta(offset=0, digest=b"")
+    elif (floor := await floors.of_frames(broker, ended, shard)) is not None:
+        meta = replace(resume, epoch=floor.epoch, writer=floor.writer, diffs=floor.mark)
+    elif first <= resume.diffs.next_offset <= end:
+        meta = resume
+    else:
+        raise OffsetOutOfRange(
+            f"the diffs topic begins at offset {first}; which epoch was in force there is not known",
+            where=f"{ended.diffs_topic}[{shard}]",
+            way_out="take a snapshot first: `stateferry snapshot`, on a node that follows the topic",
+        )
+    async for record in topics.records(broker, ended.diffs_topic, meta.diffs.next_offset, partition=shard):
         header = reign(record.value, meta)
         if header is not None:
             meta = meta.after_epoch(header, offset=record.offset, digest=b"")

@@ -13,6 +13,7 @@ from pipeline.shards import SHARDS_MAX
 from topology import topic_check, topics
 from topology.commands.acls import acls_command
 from topology.commands.common import ask_broker, common_options, emit
+from topology.commands.trim import trim
 from topology.settings import Settings
 from topology.transports.base import Broker, TopicSpec
 
@@ -28,6 +29,7 @@ def topics_group() -> None:
 
 
 topics_group.add_command(acls_command)
+topics_group.add_command(trim)
 
 
 @topics_group.command("create")
