@@ -14,6 +14,9 @@ RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# Empty: where it is set, each of the hundreds of processes that tests start compiles all it imports anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help demo kafka up down logs test parity containers lint format bench torture races golden clean
 

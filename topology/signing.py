@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.signature import SigningKey, public_key
 from topology import secret_files
-from topology.settings import Settings
+
+if TYPE_CHECKING:  # a fourth of a helper's start, which asks for a file's name only
+    from topology.settings import Settings
 
 _KEY_BYTES_MAX = 4096
 
