@@ -10,13 +10,16 @@ the next goes on from there to the alignment. Each is one object, created if abs
 
     CHAIN/GENERATION/archive/SHARD/FIRST-LAST.seg      heights with 12 digits, generation in hex
 
-A segment is a file of sections (`pipeline.sections`), magic "SFsg", version 1:
+A segment is a file of sections (`pipeline.sections`), magic "SFsg", version 1, in the order in which they are wanted,
+so that one request has what is small (`pipeline.segment_index`):
 
-    kind 1, frames   the frames in ascending height, one after another
     kind 2, index    per frame: height u64 · block hash 32 B · frame id 32 B · post root 32 B ·
                      offset u64 (in the frames section) · length u64                                 120 B each
     kind 3, resume   the `Meta`, encoded as stores encode it
     kind 4, filters  per frame, which keys it may have changed (`pipeline.key_filter`); optional
+    kind 1, frames   the frames in ascending height, one after another
+
+Segments that were written before have their frames first.
 
 Two nodes' segments of the same heights hold the same history, not always the same bytes: epochs, offsets and
 compression may differ. `same_history` compares what must be equal.
@@ -47,7 +50,8 @@ MAGIC = b"SFsg"
 VERSION = 1
 
 _ENTRY = Struct("<Q32s32s32sQQ")
-assert _ENTRY.size == 120
+INDEX_BYTES_EACH = _ENTRY.size
+assert INDEX_BYTES_EACH == 120
 
 _NAME = re.compile(r"(.+)/([0-9a-f]{32})/archive/(\d+)/(\d{12,})-(\d{12,})\.seg")
 
@@ -192,10 +196,10 @@ def build_segment(frames: Sequence[bytes], resume: Meta) -> bytes:
         for ref, frame_id, root, at, length in entries
     )
     sections: dict[int, bytes] = {
-        Section.FRAMES: b"".join(frames),
         Section.INDEX: index,
         Section.RESUME: encode_meta(resume),
         Section.FILTERS: build_filters(frames),
+        Section.FRAMES: b"".join(frames),
     }
     return LAYOUT.join(sections)
 

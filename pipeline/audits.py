@@ -166,7 +166,7 @@ def check_filters(name: SegmentName, segment: Segment) -> None:
     """A segment's filters, if it has any, are those of its frames: else a trace would pass by what they leave out.
     Raises SegmentCorrupt."""
     data = segment.data
-    index = SegmentIndex.read(name, len(data), lambda start, stop: data[start:stop])
+    index = SegmentIndex.read(name, len(data), lambda start, stop: data[start:stop], with_filters=True)
     if index.filters is not None:
         found = split_filters(build_filters(list(segment.frames())), len(segment.entries))
         if found != index.filters:

@@ -60,6 +60,7 @@ DIGESTS = {
     "meta": "f22ed1b706b82951",
     "range": "61547630242eb141",
     "segment": "cd7c17ff0976875e",
+    "segment_frames_last": "2b9d2d7b17697733",
     "segment_with_filters": "c4b8bd21922b4bac",
     "stored": "7ce693adab240ea2",
 }
@@ -277,13 +278,19 @@ def test_range_diff() -> None:
     ]
 
 
-@pytest.mark.parametrize(("name", "filters"), [("segment", None), ("segment_with_filters", [8, 8])])
+@pytest.mark.parametrize(
+    ("name", "filters"), [("segment", None), ("segment_with_filters", [8, 8]), ("segment_frames_last", [8, 8])]
+)
 def test_segments(name: str, filters: list[int] | None) -> None:
-    """The first two blocks archived, as before there were filters and with them, whole and by ranges."""
+    """The first two blocks archived, as before there were filters, with them, and with frames last; whole and by
+    ranges."""
     data = golden(name)
     segment = Segment.open(data)
     index = SegmentIndex.read(
-        SegmentName("walk", GENERATION.generation, 0, 0, 1), len(data), lambda start, stop: data[start:stop]
+        SegmentName("walk", GENERATION.generation, 0, 0, 1),
+        len(data),
+        lambda start, stop: data[start:stop],
+        with_filters=True,
     )
 
     assert [entry[:3] for entry in segment.entries] == [(ref(at), IDS[at], ROOTS[at]) for at in range(2)]

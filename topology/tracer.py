@@ -6,9 +6,11 @@ filter names. A segment without filters is read frame by frame.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import NamedTuple
 
 from pipeline import frame
@@ -49,12 +51,14 @@ class Holder(NamedTuple):
 class Tracer:
     """One object store's diff index, of one chain. Generations are told apart by the names in what it returns.
 
-    * ``read``: what was read so far, in objects, frames and bytes.
+    * ``read``: what was read so far, in objects, frames, bytes and requests.
     """
 
     def __init__(self, objects: ObjectStore, chain_id: str | None = None) -> None:
         """Raises NotFound, UsageError (several chains)."""
-        self.read: Counter[str] = Counter(manifests=0, indexes=0, frames=0, bytes=0)
+        self.read: Counter[str] = Counter(manifests=0, indexes=0, frames=0, bytes=0, requests=0)
+        self._counting = threading.Lock()
+        self._kept: dict[SegmentName, SegmentIndex] = {}
         self._objects = objects
         self.manifests: list[ManifestName] = []
         self.segments: dict[SegmentName, int] = {}
@@ -79,7 +83,7 @@ class Tracer:
     def changes(self, schema: Schema, key: bytes) -> list[Touch]:
         """All that is archived of a key, by generation and height. Raises SegmentCorrupt, FrameCorrupt."""
         (storage_key,) = schema.storage_keys([key])
-        shards = self._shards()
+        shards = self._shards
         wanted = [name for name in self.segments if name.shard == shard_of(storage_key, shards[name.generation])]
         found: dict[bytes, Touch] = {}
         with ThreadPoolExecutor(_THREADS) as threads:
@@ -90,7 +94,7 @@ class Tracer:
     def holders(self, schema: Schema, key: bytes, touches: Sequence[Touch]) -> list[Holder]:
         """Of every snapshot the part that a key stands in, and whether the archive says that it does."""
         (storage_key,) = schema.storage_keys([key])
-        shards = self._shards()
+        shards = self._shards
         found = []
         for name in self.manifests:
             manifest = self._manifest(name)
@@ -149,13 +153,15 @@ class Tracer:
 
     # Reading
 
+    @cached_property
     def _shards(self) -> dict[bytes, int]:
-        """How many each generation has, by the index of one segment."""
-        first = {name.generation: name for name in self.segments}
-        return {generation: self._index(name).resume.shards for generation, name in first.items()}
+        """How many each generation has, by the index of one segment, which is kept."""
+        one = {name.generation: name for name in self.segments}
+        self._kept = {name: self._index(name, with_filters=True) for name in one.values()}
+        return {name.generation: index.resume.shards for name, index in self._kept.items()}
 
     def _changes_in(self, name: SegmentName, schema: Schema, key: bytes) -> list[Touch]:
-        index, found = self._index(name), []
+        index, found = self._index(name, with_filters=True), []
         for entry in index.may_hold(schema, key):
             header, diff = self._frame(index, entry)
             table = diff.tables.get(schema.table_id)
@@ -164,13 +170,18 @@ class Tracer:
                 found.append(Touch(name, header, change))
         return found
 
-    def _index(self, name: SegmentName) -> SegmentIndex:
-        self.read["indexes"] += 1
-        return SegmentIndex.read(name, self.segments[name], lambda start, stop: self._range(str(name), start, stop))
+    def _index(self, name: SegmentName, *, with_filters: bool = False) -> SegmentIndex:
+        if name in self._kept:
+            return self._kept[name]
+        self._count(indexes=1)
+        size_bytes = self.segments[name]
+        return SegmentIndex.read(
+            name, size_bytes, lambda start, stop: self._range(str(name), start, stop), with_filters=with_filters
+        )
 
     def _frame(self, index: SegmentIndex, entry: IndexEntry) -> tuple[Header, Diff]:
         decoded = frame.decode(self._range(str(index.name), *index.place(entry)))
-        self.read["frames"] += 1
+        self._count(frames=1)
         if (decoded.header.ref, decoded.header.frame_id) != (entry.ref, entry.frame_id):
             raise SegmentCorrupt(
                 f"the index of a segment does not describe its frame of block {decoded.header.ref}",
@@ -180,11 +191,15 @@ class Tracer:
 
     def _range(self, name: str, start: int, stop: int) -> bytes:
         data = self._objects.get_range(name, start, stop)
-        self.read["bytes"] += len(data)
+        self._count(bytes=len(data), requests=1)
         return data
 
+    def _count(self, **read: int) -> None:
+        with self._counting:
+            self.read.update(read)
+
     def _manifest(self, name: ManifestName) -> Manifest:
-        self.read["manifests"] += 1
+        self._count(manifests=1, requests=1)
         return read_manifest(self._objects, str(name))
 
 

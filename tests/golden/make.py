@@ -180,9 +180,12 @@ def files() -> dict[str, bytes]:
     segment = build_segment(
         [step.whole for step, _ in found[:2]], resume_record(journal.decode_entry(made["journal_entry"]).before)
     )
-    made["segment_with_filters"] = segment
+    made["segment_frames_last"] = segment
     places = LAYOUT.split(segment)
-    made["segment"] = LAYOUT.join({kind: segment[slice(*places[kind])] for kind in places if kind != Section.FILTERS})
+    sections = {kind: segment[slice(*places[kind])] for kind in sorted(places)}
+    made["segment_with_filters"] = LAYOUT.join(sections)
+    sections.pop(Section.FILTERS)
+    made["segment"] = LAYOUT.join(sections)
     made["stored"] = b"".join(
         len(part).to_bytes(4, "little") + part for entry in sorted(store.state.items()) for part in entry
     )

@@ -145,7 +145,7 @@ FAULTS: list[tuple[str, Callable[[Site], Path], Callable[[Path], Any], str, type
     ("flipped bit in a part", part_of, lambda path: flip(path, 500), "stored", PartCorrupt),
     ("truncated segment", segment_of, cut, "quick", SegmentCorrupt),
     ("swapped segments", segment_of, lambda path: swap(path, objects_beside(path)[0]), "quick", SegmentCorrupt),
-    ("flipped bit in a frame", segment_of, lambda path: flip(path, 5000), "stored", SegmentCorrupt),
+    ("flipped bit in a frame", segment_of, lambda path: flip(path, frames_at(path) + 5000), "stored", SegmentCorrupt),
     ("flipped bit in an index", segment_of, lambda path: flip(path, index_at(path)), "quick", SegmentCorrupt),
     ("truncated manifest", manifest_of, cut, "quick", ManifestCorrupt),
     ("flipped bit in a manifest", manifest_of, lambda path: flip(path, 700), "quick", ManifestCorrupt),
@@ -163,6 +163,11 @@ def index_at(path: Path) -> int:
     """Where a segment's index says the height of its third block."""
     start, _ = LAYOUT.split(path.read_bytes())[Section.INDEX]
     return start + 2 * 120
+
+
+def frames_at(path: Path) -> int:
+    start, _ = LAYOUT.split(path.read_bytes())[Section.FRAMES]
+    return start
 
 
 def objects_beside(path: Path) -> list[Path]:
