@@ -169,10 +169,6 @@ class Committed:
             )
         return Contents([entry.frame_bytes for entry in entries if entry is not None], resume_record(resume))
 
-    def segment(self, first: int, last: int) -> bytes:
-        """The segment itself."""
-        return build_segment(*self.contents(first, last))
-
 
 def resume_record(meta: Meta) -> Meta:
     """A meta as resume records keep it: how far one node's journal and archive reach is no part of history."""

@@ -110,7 +110,7 @@ def test_segments_hold_the_final_branch(driven: Driven, node: Node) -> None:
 def test_resume_goes_on_with_the_next_block(driven: Driven, node: Node) -> None:
     """The resume record is the position right before the next block of the final branch: the next record to read is
     its frame, whatever was undone before it."""
-    segment = Segment.open(Committed(node.store).segment(0, 63))
+    segment = Segment.open(node.segment(0, 63))
     header = node.replica.header_at(64)
     follower = Node(driven.wire)
     while follower.meta.seq < segment.resume.seq:
@@ -219,7 +219,7 @@ def test_a_gap_is_named(driven: Driven) -> None:
 
 def test_every_flipped_bit_is_found(node: Node) -> None:
     """No bit of a segment can change unnoticed."""
-    data = Committed(node.store).segment(0, 9)
+    data = node.segment(0, 9)
     Segment.open(data)
     step = max(1, len(data) // 1500)
     for at in [*range(300), *range(300, len(data), step), *range(len(data) - 40, len(data))]:
@@ -256,7 +256,7 @@ def test_what_does_not_link_is_refused(node: Node) -> None:
 
 def test_later_versions(node: Node) -> None:
     """A later version, or a section that must be known and is not, is unsupported; an optional one is passed by."""
-    data = Committed(node.store).segment(0, 3)
+    data = node.segment(0, 3)
 
     def edited(data: bytes) -> bytes:
         return data[:-32] + blake3(data[:-32]).digest()
@@ -286,8 +286,7 @@ def test_later_versions(node: Node) -> None:
 
 def test_same_history_differs_by_one_block(node: Node) -> None:
     """Segments are compared by heights, hashes, ids and roots."""
-    committed = Committed(node.store)
-    short, long = Segment.open(committed.segment(0, 3)), Segment.open(committed.segment(0, 4))
+    short, long = Segment.open(node.segment(0, 3)), Segment.open(node.segment(0, 4))
 
     assert same_history(short, replace(short, data=b""))
     assert not same_history(short, long)
@@ -298,4 +297,4 @@ def test_missing_blocks_are_an_error(node: Node) -> None:
     tip = node.meta.tip.height
 
     with pytest.raises(StateferryError):
-        Committed(node.store).segment(tip - 1, tip + 1)
+        node.segment(tip - 1, tip + 1)

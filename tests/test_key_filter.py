@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from pipeline import frame, segment_index
-from pipeline.archive import LAYOUT, Committed, Section, Segment, SegmentName, build_segment
+from pipeline.archive import LAYOUT, Section, Segment, SegmentName, build_segment
 from pipeline.diff import decode_whole_body
 from pipeline.errors import SegmentCorrupt
 from pipeline.key_filter import build_filters, may_hold, split_filters
@@ -23,7 +23,7 @@ def data() -> bytes:
     driven = drive(make_walk(7, 300), seed=7)
     node = Node(driven.wire, archives=True)
     node.follow_and_commit()
-    return Committed(node.store).segment(NAME.first, NAME.last)
+    return node.segment(NAME.first, NAME.last)
 
 
 def read(data: bytes, *, with_filters: bool = True) -> tuple[SegmentIndex, list[int]]:
@@ -99,7 +99,7 @@ def test_frames_without_changes() -> None:
     driven = drive(make_walk(3, 40, ops_max=1), seed=3)
     node = Node(driven.wire, archives=True)
     node.follow_and_commit()
-    segment = Segment.open(Committed(node.store).segment(0, 9))
+    segment = Segment.open(node.segment(0, 9))
     section = build_filters(list(segment.frames()))
 
     assert section == bytes(4 * 10)

@@ -15,7 +15,7 @@ from test_diff import State, applied, between, states
 
 from pipeline import frame, range_pieces, ranges
 from pipeline import squash as squashing
-from pipeline.archive import Committed, Segment, SegmentName
+from pipeline.archive import Segment, SegmentName
 from pipeline.diff import Diff, decode_whole_body, squash
 from pipeline.errors import RangeCorrupt, Unsupported
 from pipeline.position import encode_meta
@@ -41,7 +41,7 @@ def node() -> Node:
 
 
 def segment(node: Node, first: int, last: int) -> Segment:
-    return Segment.open(Committed(node.store).segment(first, last))
+    return Segment.open(node.segment(first, last))
 
 
 def lowest(node: Node, first: int, last: int, folder: Path, *, cuts: Sequence[int] = ()) -> RangeDiff:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from pipeline import frame
+from pipeline.archive import Committed, build_segment
 from pipeline.block import Block, BlockRef, Connect, Event, Op, Ops, Rewind, SourceEpoch, SourceStamp, encode_event
 from pipeline.codec import Codec
 from pipeline.generation import Generation, Opening, encode_opening
@@ -219,6 +220,10 @@ class Node:
     def follow_and_commit(self) -> None:
         self.follow()
         self.replica.commit()
+
+    def segment(self, first: int, last: int) -> bytes:
+        """Of committed final heights, both inclusive. Raises StoreCorrupt if the journal lacks one."""
+        return build_segment(*Committed(self.store).contents(first, last))
 
 
 class Writer(Node):

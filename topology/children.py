@@ -27,6 +27,7 @@ Report = Callable[[str, int, int], None]
 """What is done, how much of it, of how much in all (0: not known)."""
 
 _locks: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Path, asyncio.Lock]] = WeakKeyDictionary()
+_slots: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Semaphore]] = WeakKeyDictionary()
 
 _LINE_BYTES_MAX = 16 << 20
 _FAILPOINT_VARIABLE = "STATEFERRY_FAILPOINT"
@@ -77,6 +78,13 @@ async def run(module: str, arguments: Sequence[str], report: Report = no_report)
     if "result" not in outcome:
         raise StateferryError(f"the helper process {module} ended early, with code {code}", way_out="try again")
     return outcome["result"]
+
+
+async def run_in_turn(module: str, arguments: Sequence[str], report: Report = no_report) -> Any:
+    """`run`, with no more children of one module at once than there are cores."""
+    slots = _slots.setdefault(asyncio.get_running_loop(), {})
+    async with slots.setdefault(module, asyncio.Semaphore(os.cpu_count() or 1)):
+        return await run(module, arguments, report)
 
 
 async def kill(process: asyncio.subprocess.Process) -> None:

@@ -86,10 +86,6 @@ class Prefetcher:
         """By all processes."""
         return sum(self._counts)
 
-    @property
-    def process_ids(self) -> list[int]:
-        return [reader.process.pid for reader in self._readers if reader.process.pid is not None]
-
     def submit(self, record: bytes) -> None:
         """One record of the events that come next."""
         if self._waiting_bytes + len(record) > WAITING_BYTES_MAX:

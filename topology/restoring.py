@@ -62,18 +62,15 @@ class Restoring:
         node: Node,
         resume: Meta,
         *,
-        slots: asyncio.Semaphore,
         stop_proof: Callable[[Node], Awaitable[None]],
         prove: Callable[[Node], None],
     ) -> None:
-        """``slots``: one is held while a helper process works. ``stop_proof``: of the store that is here. ``prove``:
-        the one that takes its place."""
+        """``stop_proof``: of the store that is here. ``prove``: the one that takes its place."""
         self.offsets = {
             node.generation.diffs_topic: resume.diffs.next_offset,
             node.generation.events_topic: resume.blocks.next_offset,
         }
         self._node = node
-        self._slots = slots
         self._resume = resume
         self._stop_proof = stop_proof
         self._prove = prove
@@ -84,11 +81,10 @@ class Restoring:
         node, started_s = self._node, time.monotonic()
         renewed = DataDir(node.data_dir.path / renewal.WORK_FOLDER)
         try:
-            async with self._slots:
-                if renewed.has_store:
-                    shutil.rmtree(renewed.path)  # whole, and of who knows when: it was never put in its place
-                renewed.create()
-                await children.run("topology.restorer", self._arguments(renewed))
+            if renewed.has_store:
+                shutil.rmtree(renewed.path)  # whole, and of who knows when: it was never put in its place
+            renewed.create()
+            await children.run_in_turn("topology.restorer", self._arguments(renewed))
         except StateferryError as error:
             log.warning("shard_not_restored", shard=node.shard, error=error.name, message=str(error))
             await self._follow()

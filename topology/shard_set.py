@@ -66,7 +66,6 @@ class ShardSet:
         self.splitting: Splitting | None = None
         self.anchoring: Anchoring | None = None
         self.archiving: list[Archiving] = []  # of a primary, by shard
-        self._slots = asyncio.Semaphore(os.cpu_count() or 1)
         self._restoring: dict[int, tuple[Restoring, asyncio.Task[None]]] = {}
         self._proofs: dict[int, asyncio.Task[None]] = {}
         self._proving: Callable[[Node], Awaitable[None]] | None = None
@@ -186,9 +185,7 @@ class ShardSet:
         offsets = await node.start()
         if not lacks(node, resumes):
             return offsets
-        restoring = Restoring(
-            node, resumes[node.shard], slots=self._slots, stop_proof=self._stop_proof, prove=self._prove
-        )
+        restoring = Restoring(node, resumes[node.shard], stop_proof=self._stop_proof, prove=self._prove)
         task = asyncio.create_task(restoring.run())
         task.add_done_callback(self._restored)
         self._restoring[node.shard] = (restoring, task)

@@ -9,7 +9,6 @@ audited side by side, with no more helper processes at once than there are cores
 from __future__ import annotations
 
 import argparse
-import asyncio
 import itertools
 import os
 import shutil
@@ -17,7 +16,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from pipeline import failpoints
 from pipeline.errors import AuditFailed, NotFound
@@ -37,17 +35,11 @@ _KEYS_A_HELPER = 100_000
 """Hashed in the time that another helper process takes to start: half a second."""
 _CORES = os.cpu_count() or 1
 
-_slots_of: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
-
 
 def group_ranges(workers: int, groups: range) -> list[tuple[int, int]]:
     """All key groups in as many contiguous runs, start and stop, cut where they share ``groups`` evenly."""
     cuts = [groups.start + len(groups) * at // workers for at in range(1, workers)]
     return list(itertools.pairwise([0, *cuts, KEY_GROUPS]))
-
-
-def _slots() -> asyncio.Semaphore:
-    return _slots_of.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(_CORES))
 
 
 async def audit_store(path: Path, *, groups: range, workers: int = _CORES, report: Report = no_report) -> Audited:
@@ -62,8 +54,7 @@ async def audit_store(path: Path, *, groups: range, workers: int = _CORES, repor
             done[start] = entries
             report(what, sum(done.values()), 0)
 
-        async with _slots():
-            return _decode(await children.run(__spec__.name, [str(path), str(start), str(stop)], note))
+        return _decode(await children.run_in_turn(__spec__.name, [str(path), str(start), str(stop)], note))
 
     return combine(await children.together(run(*one) for one in group_ranges(workers, groups)))
 

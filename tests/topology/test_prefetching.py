@@ -76,7 +76,7 @@ def test_what_is_no_event_is_passed_by(prefetcher: Prefetcher) -> None:
 
 def test_a_process_that_was_killed_is_not_missed(prefetcher: Prefetcher) -> None:
     """Its events are not read ahead; those of the other are."""
-    os.kill(prefetcher.process_ids[0], signal.SIGKILL)
+    os.kill(spawned(os.getpid())[0], signal.SIGKILL)
     for walk, block in enumerate(made(9), 1):
         prefetcher.submit(loads.event_of(block, walk))
 
