@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import frame
+from pipeline import frame, ranges
+from pipeline import squash as squashing
 from pipeline.archive import Segment
 from pipeline.diff import decode_whole_body
-from pipeline.errors import FrameCorrupt, FrameIdMismatch, SegmentCorrupt, UsageError
+from pipeline.errors import FrameCorrupt, FrameIdMismatch, RangeCorrupt, SegmentCorrupt, UsageError
 from pipeline.state import UTXO
 from tests.chains import block_files, expected
 from tests.topology.commands import Done, Site, here
@@ -111,6 +112,38 @@ def test_invert(segments: list[Path], tmp_path: Path) -> None:
     assert (header.prev_root, header.post_root) == (first.post_root, first.prev_root)
     one = call("invert", *segments, "--height", 170, "--out", undone).ok()
     assert (one["height"], one["op_count"]) == (170, 4)
+
+
+def test_range_diffs(site: Site, segments: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their changes are those of the blocks squashed; in pieces, they are read whole or not at all; they and segments
+    follow each other."""
+    monkeypatch.setattr(squashing, "CHUNK_CHANGES_MAX", 20)
+    monkeypatch.setattr(ranges, "PIECE_RAW_BYTES", 2500)
+    copy = site.copy(tmp_path / "site")
+    copy.here("archive", "squash").ok()
+    first, *_ = pieces = sorted(copy.objects.rglob("*000000000128-000000000191.*.rng"))
+    low = sorted(copy.objects.rglob("*000000000064-000000000127.*.rng"))
+    assert len(pieces) > 2
+    out = tmp_path / "squashed"
+    call("squash", segments[2], "--out", out).ok()
+    squashed, ranged = (call("dump", *files).ok()[0] for files in ([out], pieces[::-1]))
+
+    assert ranged["changes"] == squashed["changes"] != []
+    assert ranged["range_diff"]["op_count"] == len(ranged["changes"])
+    assert ranged["range_diff"]["post_root"] == squashed["header"]["post_root"]
+    verified = call("verify", segments[0], *low, *pieces, segments[3]).ok()
+    assert (verified["frames"], verified["range_diffs"]) == (128, 2)
+    assert (verified["first_height"], verified["last_height"]) == (0, 255)
+    assert here("frame", "dump", *pieces).code == 0
+    call("verify", *pieces, *low).failed(FrameCorrupt)
+    call("verify", *pieces[1:]).failed(UsageError)
+    call("dump", *pieces[:-1]).failed(UsageError)
+    call("dump", *pieces, "--height", 130).failed(UsageError)
+    call("squash", *pieces, "--out", out).failed(UsageError)
+    data = first.read_bytes()
+    first.write_bytes(data[:400] + bytes([data[400] ^ 1]) + data[401:])
+
+    assert first.name in call("verify", *pieces).failed(RangeCorrupt)
 
 
 def test_wrong_files(segments: list[Path], site: Site, tmp_path: Path) -> None:

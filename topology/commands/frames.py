@@ -1,24 +1,27 @@
-"""`stateferry frame`: archived frames and segments as files, no broker and no store needed."""
+"""`stateferry frame`: archived frames, segments and range diffs as files, no broker and no store needed."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
 from pipeline import frame
 from pipeline.apply import describe_key
-from pipeline.archive import MAGIC as SEGMENT_MAGIC
-from pipeline.archive import Segment
+from pipeline.audits import check_range
+from pipeline.block import BlockRef
 from pipeline.diff import Diff, decode_whole_body, join_tables, squash
-from pipeline.errors import CorruptInput, FrameCorrupt, FrameIdMismatch, UsageError
+from pipeline.errors import FrameCorrupt, FrameIdMismatch, UsageError
 from pipeline.frame import Feature, Frame, Header, Kind
+from pipeline.ranges import RangeDiff
 from pipeline.state import SCHEMAS
+from pipeline.table_diff import TableDiff
 from topology import logs
+from topology.commands.archived_files import read_archived, read_frames
 from topology.commands.common import emit, rows
 
 _Files = click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
@@ -28,25 +31,30 @@ _Height = click.option("--height", type=int, help="Only the block at this height
 
 @click.group("frame")
 def frames() -> None:
-    """Archived frames: FILES are segments (.seg) or single frames."""
+    """Archived frames: FILES are segments (.seg) or single frames; for dump and verify also range diffs (.rng)."""
     logs.configure(verbose=False)
 
 
-def read_frames(files: tuple[Path, ...], height: int | None = None) -> Iterator[bytes]:
-    """The frames in some files, in order. Raises SegmentCorrupt, FrameCorrupt, UsageError (no such height)."""
-    found = False
-    for file in files:
-        data = file.read_bytes()
-        try:
-            for one in Segment.open(data).frames() if data[:4] == SEGMENT_MAGIC else [data]:
-                if height is None or frame.peek(one).ref.height == height:
-                    found = True
-                    yield one
-        except CorruptInput as error:
-            error.where = error.where or str(file)
-            raise
-    if not found:
-        raise UsageError(f"no frame of height {height} in these files")
+class _Link(NamedTuple):
+    """What leads from one block to another: a frame, or a range diff."""
+
+    first: int
+    parent: bytes
+    prev_root: bytes
+    ref: BlockRef
+    post_root: bytes
+
+    @classmethod
+    def of(cls, one: Header | RangeDiff) -> _Link:
+        if isinstance(one, RangeDiff):
+            return cls(one.name.first, one.parent, one.prev_root, one.ref, one.resume.tip.root)
+        return cls(one.ref.height, one.parent_hash, one.prev_root, one.ref, one.post_root)
+
+
+def _check_follows(before: _Link, after: _Link) -> None:
+    """Raises FrameCorrupt."""
+    if (after.parent, after.prev_root) != (before.ref.block_hash, before.post_root):
+        raise FrameCorrupt(f"what leads to block {after.ref} does not follow block {before.ref}")
 
 
 def _whole(data: bytes) -> tuple[Frame, Diff]:
@@ -91,17 +99,33 @@ def show_header(header: Header) -> dict[str, Any]:
     }
 
 
-def _show_changes(diff: Diff) -> list[dict[str, Any]]:
-    return [
-        {
-            "table": table.schema.name,
-            "key": describe_key(table.schema, key),
-            "before": None if before is None else before.hex(),
-            "after": None if after is None else after.hex(),
-        }
-        for table in diff.tables.values()
-        for key, before, after in table.changes()
-    ]
+def _show_range(one: RangeDiff) -> dict[str, Any]:
+    meta = one.resume
+    return {
+        "chain": meta.chain_id,
+        "generation": meta.generation.hex(),
+        "shard": meta.shard,
+        "first_height": one.name.first,
+        "last_height": one.name.last,
+        "block_hash": one.ref.block_hash[::-1].hex(),
+        "parent_hash": one.parent[::-1].hex(),
+        "prev_root": one.prev_root.hex(),
+        "post_root": meta.tip.root.hex(),
+        "next_seq": meta.seq + 1,
+        "pieces": len(one.pieces),
+        "op_count": one.changes,
+    }
+
+
+def _show_changes(tables: Iterable[TableDiff]) -> Iterator[dict[str, Any]]:
+    for table in tables:
+        for key, before, after in table.changes():
+            yield {
+                "table": table.schema.name,
+                "key": describe_key(table.schema, key),
+                "before": None if before is None else before.hex(),
+                "after": None if after is None else after.hex(),
+            }
 
 
 @frames.command()
@@ -109,42 +133,51 @@ def _show_changes(diff: Diff) -> list[dict[str, Any]]:
 @_Height
 @_Json
 def dump(files: tuple[Path, ...], height: int | None, as_json: bool) -> None:
-    """Headers and changes, readable."""
-    document = []
-    for data in read_frames(files, height):
-        decoded, diff = _whole(data)
-        document.append({"header": show_header(decoded.header), "changes": _show_changes(diff)})
-    emit(document, as_json=as_json, text=lambda: "\n\n".join(map(_dump_text, document)))
+    """Headers and changes, readable. With --json all of it is in memory; else a frame, or a chunk of a range diff."""
+    found = map(_dumped, read_archived(files, height))
+    if as_json:
+        emit([{kind: shown, "changes": list(changes)} for kind, shown, changes in found], as_json=True)
+        return
+    for at, (_, shown, changes) in enumerate(found):
+        click.echo(("\n" if at else "") + rows(shown))
+        for change in changes:
+            mark = "+" if change["before"] is None else "-" if change["after"] is None else "~"
+            click.echo(f"  {mark} {change['table']} {change['key']}")
 
 
-def _dump_text(one: dict[str, Any]) -> str:
-    lines = [rows(one["header"])]
-    for change in one["changes"]:
-        mark = "+" if change["before"] is None else "-" if change["after"] is None else "~"
-        lines.append(f"  {mark} {change['table']} {change['key']}")
-    return "\n".join(lines)
+def _dumped(one: bytes | RangeDiff) -> tuple[str, dict[str, Any], Iterator[dict[str, Any]]]:
+    if isinstance(one, RangeDiff):
+        return "range_diff", _show_range(one), _show_changes(one.chunks())
+    decoded, diff = _whole(one)
+    return "header", show_header(decoded.header), _show_changes(diff.tables.values())
 
 
 @frames.command()
 @_Files
 @_Json
 def verify(files: tuple[Path, ...], as_json: bool) -> None:
-    """Check every frame's content against its id, and that the frames follow each other."""
-    last: Header | None = None
-    first: Header | None = None
-    count = 0
-    for data in read_frames(files):
-        decoded, diff = _whole(data)
-        header = decoded.header
-        _check_id(decoded, diff)
-        if last is not None and (header.parent_hash, header.prev_root) != (last.ref.block_hash, last.post_root):
-            raise FrameCorrupt(f"block {header.ref} does not follow block {last.ref}")
-        first, last, count = first or header, header, count + 1
-    assert first is not None and last is not None, "read_frames found none and did not say so"
+    """Check every frame's content against its id, that of range diffs against the roots that they lead from and to,
+    and that they follow each other."""
+    last: _Link | None = None
+    first: _Link | None = None
+    counts = {"frames": 0, "range_diffs": 0}
+    for one in read_archived(files):
+        if isinstance(one, RangeDiff):
+            check_range(one)
+            link = _Link.of(one)
+        else:
+            decoded, diff = _whole(one)
+            _check_id(decoded, diff)
+            link = _Link.of(decoded.header)
+        counts["range_diffs" if isinstance(one, RangeDiff) else "frames"] += 1
+        if last is not None:
+            _check_follows(last, link)
+        first, last = first or link, link
+    assert first is not None and last is not None, "read_archived found none and did not say so"
     document = {
         "verified": True,
-        "frames": count,
-        "first_height": first.ref.height,
+        **counts,
+        "first_height": first.first,
         "last_height": last.ref.height,
         "prev_root": first.prev_root.hex(),
         "post_root": last.post_root.hex(),
@@ -184,9 +217,8 @@ def squash_command(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
         _check_id(one, diff)
         decoded.append(one.header)
         diffs.append(diff)
-    for before, after in itertools.pairwise(decoded):
-        if (after.parent_hash, after.prev_root) != (before.ref.block_hash, before.post_root):
-            raise FrameCorrupt(f"block {after.ref} does not follow block {before.ref}")
+    for before, after in itertools.pairwise(map(_Link.of, decoded)):
+        _check_follows(before, after)
     netted = squash(diffs)
     first, last = decoded[0], decoded[-1]
     _write(
