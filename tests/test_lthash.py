@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.commitment import lthash
+from pipeline.commitment import lthash, native
 from pipeline.commitment.lthash import Accumulator
 
 VECTORS = json.loads((Path(__file__).parent / "data/hash_vectors/lthash_solana_blake3.json").read_text())
@@ -23,10 +27,57 @@ def vector_of(elements: list[bytes]) -> bytes:
     return accumulator.vector()
 
 
+@pytest.fixture(params=["compiled", "library"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elements are expanded by the compiled loop, or by the `blake3` package alone."""
+    if request.param == "library":
+        monkeypatch.setattr(lthash, "NATIVE", None)
+    elif lthash.NATIVE is None:
+        pytest.skip("the compiled loop does not run on this machine")
+
+
+def test_the_compiled_loop_is_there_where_it_can_run() -> None:
+    """Whoever installs on Linux with AVX2 hashes by it: it is not lost in silence."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64") or " avx2 " not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("only for Linux on x86-64 with AVX2")
+    if not os.environ.get("CI") and not Path(native.__file__).with_name("lattice.so").exists():
+        pytest.skip("installed where it could not be compiled")
+
+    assert lthash.NATIVE is not None
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("text", "expected"), PUBLISHED)
 def test_single_element_matches_published_vector(text: str, expected: str) -> None:
     """One element's vector is the published one."""
     assert vector_of([text.encode()]).hex() == expected
+
+
+@pytest.mark.skipif(lthash.NATIVE is None, reason="the compiled loop does not run on this machine")
+@given(st.lists(st.integers(0, 1200), max_size=600), st.binary(min_size=1, max_size=64))
+def test_the_compiled_loop_sums_what_the_library_does(sizes: list[int], content: bytes) -> None:
+    """Elements of any length, and those too long for it among them."""
+    elements = [(content * 1200)[at % 7 :][:size] for at, size in enumerate(sizes)]
+
+    assert np.array_equal(lthash._sum(elements), lthash._sum_by_library(elements))
+
+
+@pytest.mark.parametrize("content", [b"", b"no library", b"\x7fELF" + bytes(60)])
+def test_what_is_no_library_is_refused(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged installation says so, and names the file."""
+    monkeypatch.setattr(native, "_LIBRARY", tmp_path / "lattice.so")
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert native.load() is None
+
+    (tmp_path / "lattice.so").write_bytes(content)
+    with pytest.raises(ImportError, match=r"lattice\.so cannot be loaded.*install"):
+        native.load()
+
+
+def test_a_loop_that_computes_something_else_is_refused() -> None:
+    """It is compared with the library before anything relies on it."""
+    with pytest.raises(ImportError, match="does not compute what it must"):
+        lthash._checked(lambda elements: lthash._sum_by_library(elements) + np.uint16(1))
 
 
 def test_sum_and_checksum_match_published_vector() -> None:

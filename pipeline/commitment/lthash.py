@@ -25,8 +25,9 @@ from itertools import repeat
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 from blake3 import blake3
+
+from pipeline.commitment import native
 
 LANES: Final = 1024
 VECTOR_BYTES: Final = 2 * LANES
@@ -36,14 +37,14 @@ ZERO: Final = bytes(VECTOR_BYTES)
 
 _DOMAIN = b"stateferry/element/1"
 _CHUNK = 48
-"""Elements hashed before they are summed: 96 KiB of extended output, which stays in a core's second-level
-cache and below the size from which malloc maps fresh pages: 0.9 us an element, against 1.6 us with chunks
-of 512."""
+"""Elements hashed by `blake3` before they are summed: 96 KiB of extended output, which stays in a core's
+second-level cache and below the size from which malloc maps fresh pages: 0.9 us an element, against 1.6 us
+with chunks of 512."""
+_NATIVE_CHUNK = 512
+"""Elements that the compiled loop gets at a time: half a MiB at most."""
 
 _LENGTHS = [length.to_bytes(4, "little") for length in range(1024)]
 """Length prefixes made once: nearly all values are shorter than this."""
-
-_Lanes = npt.NDArray[np.uint16]
 
 
 def elements(table_id: int, keys: Sequence[bytes], values: Sequence[bytes]) -> list[bytes]:
@@ -66,7 +67,7 @@ class Accumulator:
     """A running vector.
 
     - Order and grouping of calls do not matter; what was added and then subtracted leaves nothing behind.
-    - Memory is bounded: elements are hashed and summed 48 at a time.
+    - Memory is bounded: elements are hashed and summed some at a time.
     """
 
     __slots__ = ("_lanes",)
@@ -114,7 +115,20 @@ def state_root_of_table_roots(roots: Mapping[int, bytes]) -> bytes:
     return blake3(b"".join(bytes([table_id]) + roots[table_id] for table_id in sorted(roots))).digest()
 
 
-def _sum(elements: Sequence[bytes]) -> _Lanes:
+def _sum(elements: Sequence[bytes]) -> native.Lanes:
+    if NATIVE is None:
+        return _sum_by_library(elements)
+    total = np.zeros(LANES, np.uint16)
+    for start in range(0, len(elements), _NATIVE_CHUNK):
+        some = elements[start : start + _NATIVE_CHUNK]
+        if max(map(len, some)) > native.ELEMENT_BYTES_MAX:
+            total += _sum_by_library([element for element in some if len(element) > native.ELEMENT_BYTES_MAX])
+            some = [element for element in some if len(element) <= native.ELEMENT_BYTES_MAX]
+        total += NATIVE(some)
+    return total
+
+
+def _sum_by_library(elements: Sequence[bytes]) -> native.Lanes:
     total = np.zeros(LANES, np.uint16)
     join = b"".join
     for start in range(0, len(elements), _CHUNK):
@@ -123,7 +137,20 @@ def _sum(elements: Sequence[bytes]) -> _Lanes:
     return total
 
 
-def _lanes_of(vector: bytes) -> _Lanes:
+def _lanes_of(vector: bytes) -> native.Lanes:
     if len(vector) != VECTOR_BYTES:
         raise ValueError(f"a vector has {VECTOR_BYTES} bytes, not {len(vector)}")
     return np.frombuffer(vector, "<u2").astype(np.uint16, copy=False)
+
+
+def _checked(loop: native.Sum | None) -> native.Sum | None:
+    """The compiled loop, once it agreed with the library about elements of all sizes that differ for it."""
+    sample = bytes(range(256)) * 4
+    elements = [sample[:size] for size in (0, 1, 63, 64, 65, 127, 128, 129, 1023, native.ELEMENT_BYTES_MAX)]
+    if loop is not None and not np.array_equal(loop(elements), _sum_by_library(elements)):
+        raise ImportError("the compiled loop of LtHash does not compute what it must; install stateferry again")
+    return loop
+
+
+NATIVE: Final = _checked(native.load())
+"""The compiled loop, where it runs."""
