@@ -8,12 +8,17 @@ force drops all dirty layers at once; the store never saw them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import islice
+from itertools import compress, islice, repeat
+from operator import is_
+from typing import Any, Final
 
 from pipeline.stores.base import Store
 
 _ENTRY_OVERHEAD_BYTES = 160
 """What CPython needs per entry beside the bytes themselves: two bytes objects, slots in three dicts."""
+
+_NOT_HERE: Final[Any] = object()
+"""For a key that no layer wrote."""
 
 
 class Layers:
@@ -38,11 +43,12 @@ class Layers:
 
     def read(self, storage_keys: list[bytes]) -> list[bytes | None]:
         """One multi-get, through all layers."""
-        recent, older = self._recent, self._older
-        if recent.keys().isdisjoint(storage_keys) and older.keys().isdisjoint(storage_keys):
+        shown = list(map(self._recent.get, storage_keys, map(self._older.get, storage_keys, repeat(_NOT_HERE))))
+        missing = shown.count(_NOT_HERE)
+        if missing == len(shown):
             return self._store.get(storage_keys)
-        below = iter(self._store.get([key for key in storage_keys if key not in recent and key not in older]))
-        return [recent[key] if key in recent else older[key] if key in older else next(below) for key in storage_keys]
+        below = iter(self._store.get(list(compress(storage_keys, map(is_, shown, repeat(_NOT_HERE))))))
+        return [next(below) if value is _NOT_HERE else value for value in shown]
 
     def push(self, number: int, writes: Mapping[bytes, bytes | None]) -> None:
         """A new top layer. ``number`` is above every number pushed and not settled."""

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import fcntl
 import multiprocessing
 import os
-import queue
+import pickle
 import signal
-import sys
-import threading
+import struct
+import tempfile
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import DupFd
 from multiprocessing.synchronize import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -44,10 +43,8 @@ _SLOTS = 16
 """Blocks that are with the process at a time. Any more are sealed here."""
 _LOCK_TIMEOUT_S = 1.0
 """The lock is held for microseconds: if it is not had after this, the process was killed or stopped with it."""
-_PIPE_BYTES = 1 << 20
-"""What a pipe holds, where the system lets us say so: a block of 5,000 changes is handed over without waiting."""
-_SWITCH_INTERVAL_S = 0.0005
-"""For the process: whoever reads blocks from the pipe waits no longer than this for whoever seals them."""
+_BOARD_BYTES_KEPT = 64 << 20
+"""Of memory for what is on its way: what larger blocks took is given back once none is with the process."""
 _COLUMNS = [field.name for field in fields(TableDiff) if field.name != "schema"]
 
 
@@ -83,13 +80,71 @@ class _Shares:
             self._lock.release()
 
 
-class _Task(NamedTuple):
-    """A block, on its way to the process: its diff follows, as `_flat` makes it."""
+class _Board:
+    """Where diffs lie for the process, and seals for the worker: a file in memory, with a place for each slot, as long
+    as need be.
 
-    shared: Shared
-    codec: Codec
+    A pipe would not do: it holds less than a block, so that each side would wait until the other reads on.
+    """
+
+    _PLACE_BYTES = 1 << 32  # apart; only what is written takes memory
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._longest = 0
+
+    @classmethod
+    def new(cls) -> _Board:
+        if hasattr(os, "memfd_create"):
+            return cls(os.memfd_create("stateferry-sealing"))
+        with tempfile.TemporaryFile() as file:
+            return cls(os.dup(file.fileno()))
+
+    def write(self, slot: int, data: bytes) -> None:
+        left, at = memoryview(data), slot * self._PLACE_BYTES
+        while left:
+            done = os.pwrite(self._fd, left, at)
+            left, at = left[done:], at + done
+        self._longest = max(self._longest, len(data))
+
+    def read(self, slot: int, size: int) -> bytes:
+        parts: list[bytes] = []
+        at, stop = slot * self._PLACE_BYTES, slot * self._PLACE_BYTES + size
+        while at < stop:
+            parts.append(os.pread(self._fd, stop - at, at))
+            assert parts[-1], (slot, size)
+            at += len(parts[-1])
+        self._longest = max(self._longest, size)
+        return b"".join(parts)
+
+    def clear(self) -> None:
+        """Nothing on it is needed any more."""
+        if self._longest * _SLOTS > _BOARD_BYTES_KEPT:
+            os.ftruncate(self._fd, 0)
+            self._longest = 0
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Board._inherited, (DupFd(self._fd),)
+
+    @staticmethod
+    def _inherited(duplicate: Any) -> _Board:
+        return _Board(duplicate.detach())
+
+
+class _Task(NamedTuple):
+    """A block that lies on the board, on its way to the process."""
+
     slot: int
+    size: int
     portions: int
+
+
+_TASK = struct.Struct("<BII")
+_SIZE = struct.Struct("<I")
+"""Of a seal that lies where the diff lay. Pipes take one of these for each slot without waiting."""
 
 
 class _Beside:
@@ -128,6 +183,7 @@ class _Process:
     process: BaseProcess
     tasks: Connection
     seals: Connection
+    board: _Board
     shares: _Shares
 
     @classmethod
@@ -135,20 +191,19 @@ class _Process:
         context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks, and the store's
         shares = _Shares(context.RawArray(ctypes.c_uint32, 2 * _SLOTS), context.Lock())
         (its_tasks, tasks), (seals, its_seals) = context.Pipe(duplex=False), context.Pipe(duplex=False)
-        for pipe in (tasks, seals):
-            with suppress(AttributeError, OSError):  # not on this system, or not as much
-                fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        process = context.Process(target=_serve, args=(its_tasks, its_seals, shares), daemon=True)
+        board = _Board.new()
+        process = context.Process(target=_serve, args=(its_tasks, its_seals, board, shares), daemon=True)
         process.start()
         its_tasks.close()
         its_seals.close()
-        return cls(process=process, tasks=tasks, seals=seals, shares=shares)
+        return cls(process=process, tasks=tasks, seals=seals, board=board, shares=shares)
 
     def end(self) -> None:
         self.process.kill()
         self.process.join()
         self.tasks.close()
         self.seals.close()
+        self.board.close()
 
 
 class Sealing:
@@ -173,11 +228,15 @@ class Sealing:
             return seal_at_once(diff, shared, codec)
         if self._process is None:
             self._process = _Process.start()
-        slot, count = slots.pop(), max(1, diff.op_count // _PORTION_CHANGES)
-        self._process.shares.offer(slot, count)
+        with_it = self._process
+        slot, count = min(slots), max(1, diff.op_count // _PORTION_CHANGES)
+        flat = _flat(diff, shared, codec)
+        if not self._pending:
+            with_it.board.clear()
+        with_it.board.write(slot, flat)
+        with_it.shares.offer(slot, count)
         try:
-            self._process.tasks.send(_Task(shared, codec, slot, count))
-            self._process.tasks.send_bytes(_flat(diff))
+            with_it.tasks.send_bytes(_TASK.pack(slot, len(flat), count))
         except OSError as error:
             raise sealing_lost() from error
         pending = _Beside(self, diff, slot, count)
@@ -191,8 +250,9 @@ class Sealing:
         seals = self._process.seals
         try:
             while self._pending and (wait or seals.poll()):
-                self._pending[0].made = seals.recv()
-                self._pending.popleft()
+                (size,) = _SIZE.unpack(seals.recv_bytes())
+                pending = self._pending.popleft()
+                pending.made = pickle.loads(self._process.board.read(pending.slot, size))
                 wait = False
         except (EOFError, OSError) as error:
             raise sealing_lost() from error
@@ -247,53 +307,54 @@ def sealing_lost() -> StateferryError:
     )
 
 
-def _flat(diff: Diff) -> bytes:
+def _flat(diff: Diff, shared: Shared, codec: Codec) -> bytes:
     """A diff for the way to the process: pickle, which looks for the same object twice, takes four times as long."""
-    columns = [[table_id, *(getattr(table, name) for name in _COLUMNS)] for table_id, table in diff.tables.items()]
-    packed: bytes = msgpack.packb(columns)
+    columns = [
+        [table_id, list(shared[table_id]), *(getattr(table, name) for name in _COLUMNS)]
+        for table_id, table in diff.tables.items()
+    ]
+    packed: bytes = msgpack.packb([codec.value, columns])
     return packed
 
 
-def _unflat(flat: bytes) -> Diff:
-    tables = msgpack.unpackb(flat)
-    return Diff(
+def _unflat(flat: bytes) -> tuple[Diff, Shared, Codec]:
+    codec, tables = msgpack.unpackb(flat)
+    shared = {table_id: frozenset(keys) for table_id, keys, *_ in tables}
+    diff = Diff(
         tables={
             table_id: TableDiff(schema=SCHEMAS[table_id], **dict(zip(_COLUMNS, columns, strict=True)))
-            for table_id, *columns in tables
+            for table_id, _, *columns in tables
         }
     )
+    return diff, shared, Codec(codec)
 
 
 # What runs in the process
 
 
-def _serve(tasks: Connection, seals: Connection, shares: _Shares) -> None:
+def _serve(tasks: Connection, seals: Connection, board: _Board, shares: _Shares) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's business
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    waiting: queue.SimpleQueue[tuple[_Task, bytes]] = queue.SimpleQueue()  # no more than `_SLOTS`
-
-    def read() -> None:
-        """So that the worker can always hand over: it may do that while nobody takes what was sealed."""
-        with suppress(EOFError, OSError):
-            while True:
-                waiting.put((tasks.recv(), tasks.recv_bytes()))
-        os._exit(0)  # the worker is gone
-
-    threading.Thread(target=read, daemon=True).start()
     while True:
         try:
-            made: Seal | Exception = _seal(*waiting.get(), shares)
+            task = _Task(*_TASK.unpack(tasks.recv_bytes()))
+        except (EOFError, OSError):
+            os._exit(0)  # the worker is gone
+        try:
+            made: Seal | Exception = _seal(task, board, shares)
         except Exception as error:
             made = error
+        made_flat = pickle.dumps(made, pickle.HIGHEST_PROTOCOL)
+        board.write(task.slot, made_flat)
         try:
-            seals.send(made)
+            seals.send_bytes(_SIZE.pack(len(made_flat)))
         except OSError:
             os._exit(0)
 
 
-def _seal(task: _Task, flat: bytes, shares: _Shares) -> Seal:
+def _seal(task: _Task, board: _Board, shares: _Shares) -> Seal:
     def portions() -> Iterator[Portion]:
         while (number := shares.take_first(task.slot)) is not None:
             yield Portion(number, task.portions)
 
-    return seal(_unflat(flat), task.shared, task.codec, portions())
+    diff, shared, codec = _unflat(board.read(task.slot, task.size))
+    return seal(diff, shared, codec, portions())

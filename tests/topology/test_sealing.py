@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import topology.sealing
 from pipeline.codec import Codec
 from pipeline.diff import Diff
 from pipeline.errors import StateferryError
@@ -72,6 +73,16 @@ def test_seals_are_the_same_wherever_they_are_made(sealing: Sealing, portions_he
         assert one.done()
     assert not sealing.help()
     assert helped == portions_here or (portions_here == 1000 and helped > 12)
+
+
+def test_memory_of_large_blocks_is_given_back(sealing: Sealing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once no block is with the process, what lay there for it is gone, and the next ones are sealed as ever."""
+    monkeypatch.setattr(topology.sealing, "_BOARD_BYTES_KEPT", 0)
+    for diff in diffs(20_000, 300, 300):
+        assert sealing.submit(diff, NOTHING_SHARED, Codec.ZSTD).result() == seal(diff, NOTHING_SHARED, Codec.ZSTD)
+
+    held = [entry for entry in Path("/proc/self/fd").iterdir() if "stateferry-sealing" in str(entry.readlink())]
+    assert max(entry.stat().st_blocks for entry in held) * 512 < 200_000
 
 
 def test_waiting_leaves_the_loop_its_turns(sealing: Sealing) -> None:
