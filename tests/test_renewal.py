@@ -51,9 +51,9 @@ def test_a_shard_s_store_is_replaced(at: int, found: bytes, tmp_path: Path, monk
         patch.setattr(Path, "rename", cut)
         if at <= 2:
             with pytest.raises(Cut):
-                renewal.replace_store(shard)
+                renewal.replace_stores(shard)
         else:
-            renewal.replace_store(shard)
+            renewal.replace_stores(shard)
     renewal.settle(node)
 
     assert held(shard.store_path) == found

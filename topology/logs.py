@@ -45,6 +45,7 @@ EVENTS: Final[dict[str, str]] = {
     "generation_ended": "generation, successor",
     "event_refused": "error, message, kept_in",
     "event_mended": "offset, source_epoch",
+    "store_rejoined": "height, left_height, why",  # restored: what it lacked of the topics is deleted
     "generation_renewed": "left, generation, height, left_height, kept_in",
     "node_quarantined": "error, evidence",
     "worker_failed": "error",  # and the traceback, of what nobody expected

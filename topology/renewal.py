@@ -36,14 +36,16 @@ def settle(data_dir: DataDir) -> None:
         shutil.rmtree(path / _REPLACED, ignore_errors=True)
 
 
-def replace_store(shard: DataDir) -> None:
-    """What was restored in `renewing/` of a shard's directory takes the place of the store there, which goes."""
-    aside = shard.path / _REPLACED
+def replace_stores(data_dir: DataDir) -> None:
+    """What was restored in `renewing/` of a directory, the node's or a shard's, takes the place of what is there, which
+    goes."""
+    aside = data_dir.path / _REPLACED
     shutil.rmtree(aside, ignore_errors=True)
-    shard.store_path.rename(aside)
-    sync(shard.path)
-    _take_place(DataDir(shard.path / WORK_FOLDER), shard)
-    shutil.rmtree(aside)
+    if data_dir.stores_path.exists():
+        data_dir.stores_path.rename(aside)
+        sync(data_dir.path)
+    _take_place(DataDir(data_dir.path / WORK_FOLDER), data_dir)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def renew(

@@ -90,7 +90,7 @@ class Restoring:
             await self._follow()
         else:
             await self._stop_proof(node)
-            await node.take_store(lambda: renewal.replace_store(node.data_dir))
+            await node.take_store(lambda: renewal.replace_stores(node.data_dir))
             self._prove(node)
             log.info(
                 "shard_restored",

@@ -33,7 +33,6 @@ from topology import (
     answers,
     base_state,
     building,
-    log_check,
     logs,
     reads,
     renewal,
@@ -47,6 +46,7 @@ from topology.control import ControlServer
 from topology.data_dir import DataDir
 from topology.ending import Ending
 from topology.node import Node
+from topology.rejoining import rejoin
 from topology.settings import Settings
 from topology.shard_set import ShardSet
 from topology.shard_store import Role
@@ -100,7 +100,7 @@ async def run(
         renewal.settle(data_dir)
         broker = open_broker(settings.broker_url, settings.topic_prefix, security_of(settings))
         try:
-            changed: set[bytes] = set()
+            tried: set[bytes] = set()
             while True:
                 openings = await _find_openings(settings, role, until, broker, data_dir, stopping)
                 if openings is None:
@@ -126,8 +126,7 @@ async def run(
                     signer = required_signer(settings)
                     await asyncio.to_thread(renewal.renew, objects, data_dir, history, error, signer)
                 except (LogChanged, OffsetOutOfRange) as error:
-                    generation = openings[0][0].generation
-                    if asked.is_set() or not await _has_changed(broker, generation, role, data_dir, changed):
+                    if asked.is_set() or not _stands_elsewhere(data_dir, tried):
                         raise
                     log.warning("log_changed", error=error.name, message=str(error))
                     stopping.clear()
@@ -135,23 +134,14 @@ async def run(
             await broker.close()
 
 
-async def _has_changed(
-    broker: Broker, generation: Generation, role: Role, data_dir: DataDir, known: set[bytes]
-) -> bool:
-    """Whether a log is not the one that a store here followed, so that beginning again takes something back; once for
-    each position, which goes to ``known``."""
-    has_changed = False
-    for found in data_dir.shard_dirs:
-        meta = building.held_meta(found.store_path)
-        if meta is None or encode_meta(meta) in known:
-            continue
-        known.add(encode_meta(meta))
-        marks = [(generation.diffs_topic, meta.diffs)]
-        if role is Role.PRIMARY:
-            marks.append((generation.events_topic, meta.blocks))
-        for topic, mark in marks:
-            has_changed |= not await log_check.holds(broker, topic, meta.shard, mark)
-    return has_changed
+def _stands_elsewhere(data_dir: DataDir, tried: set[bytes]) -> bool:
+    """Whether a store here stands where no try has ended yet, so that to begin again may take back, or restore, what a
+    log lost. ``tried``: those positions."""
+    metas = [building.held_meta(found.store_path) for found in data_dir.shard_dirs]
+    positions = {encode_meta(meta) for meta in metas if meta is not None}
+    is_elsewhere = not positions <= tried
+    tried |= positions
+    return is_elsewhere
 
 
 async def _find_openings(
@@ -164,6 +154,7 @@ async def _find_openings(
     topics.check_chain(settings.chain, generation.chain_id, settings.broker_url)
     await topics.ensure_topics(broker, generation)
     await topic_check.check(broker, generation, settings.topic_prefix)
+    await rejoin(settings, role, broker, data_dir, generation, until_height=until.height)
     found: list[tuple[Opening, bytes]] | None
     try:
         if role is Role.PRIMARY:
@@ -172,12 +163,14 @@ async def _find_openings(
         else:
             found = await _wait(lambda: topics.openings(broker, generation), until, stopping)
     except NotFound:
-        metas = [building.held_meta(one.store_path) for one in data_dir.shard_dirs]
-        if len(metas) != generation.shards or None in metas:
+        # Records were deleted: what the openings said is in every store, of an earlier generation too.
+        metas = (building.held_meta(one.store_path) for one in data_dir.shard_dirs)
+        meta = next(filter(None, metas), None)
+        if meta is None:
             raise
-        # Records were deleted: what the openings said is in the stores, and in `generations`.
         found = [
-            (Opening(generation=generation, finality=meta.finality, shard=meta.shard), b"") for meta in metas if meta
+            (Opening(generation=generation, finality=meta.finality, shard=shard), b"")
+            for shard in range(generation.shards)
         ]
     if found is not None and settings.finality not in (None, found[0][0].finality):
         raise SettingsConflict(

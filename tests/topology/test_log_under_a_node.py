@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import NotFound, OffsetOutOfRange
+from pipeline.errors import OffsetOutOfRange
 from tests.chains import load_blocks, write_hex_lines
 from tests.processes import Command
 from tests.topology.commands import Site, finish, same_state
@@ -136,10 +136,15 @@ def test_blocks_without_their_beginning(site: Site) -> None:
 def test_new_replica_behind_deleted_records(site: Site) -> None:
     """There is nothing to begin from on the topic; from a snapshot there is, where it reaches what is left."""
     delete(site, "diffs", FINALITY + 1)
-    assert "stateferry restore" in site.here("run", "--role", "replica", "--until-idle", node="new").failed(NotFound)
     assert site.here("restore", node="restored").ok()["height"] == SOME - 1 - FINALITY
-    site.follow("replica", "restored")
+    for node in ("restored", "new"):
+        site.follow("replica", node)
     go_on(site)
-    site.follow("replica", "restored")
+    for node in ("restored", "new"):
+        site.follow("replica", node)
 
-    same_state(site, ["p", "restored"])
+    same_state(site, ["p", "restored", "new"])
+    delete(site, "diffs", 1)
+    refused = site.here("run", "--role", "replica", "--until-idle", node="late").failed(OffsetOutOfRange)
+    assert "stateferry restore" in refused
+    assert not site.dir("late").joinpath("store").exists()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.errors import UsageError
+from pipeline.errors import OffsetOutOfRange, UsageError, WalkGap
 from tests.chains import load_blocks, write_hex_lines
 from tests.topology.commands import Site, same_state
 
@@ -87,3 +88,91 @@ def test_ingest_goes_on(site: Site) -> None:
     same_state(site, ["p", "r"])
     low = site.here("ingest", "bitcoin", write_hex_lines(site.folder / "low.hex", BLOCKS[:CUT]), node="source")
     assert low.code == 5 and f"known from {CUT}:" in low.document["way_out"]
+
+
+def test_a_new_replica(site: Site) -> None:
+    """It begins in an empty directory with what is archived, and follows the topic from there; a primary too."""
+    trim(site, "--keep-blocks", 0)
+    go_on(site)
+    site.follow("replica", "new")
+    same_state(site, ["p", "new"])
+    assert not (site.dir("new") / "renewing").exists()
+    site.here("verify", node="new").ok()
+
+    assert "--height 60" in site.here("run", "--role", "replica", "--until-height", 60, node="low").failed(
+        OffsetOutOfRange
+    )
+    epoch = site.meta("p").epoch
+    assert site.follow("primary", "other")["epoch"] == epoch + 1
+
+
+def test_a_replica_that_was_away(site: Site, tmp_path: Path) -> None:
+    """For longer than records are kept: it restores by itself. Without the object store it says so and stays."""
+    site.here("restore", "--height", 60, node="away").ok()
+    site.follow("replica", "away", "--until-height", 70)
+    trim(site, "--keep-blocks", 0)
+    objects, site.objects = site.objects, tmp_path / "none"
+    before, said = site.meta("away"), site.here("run", "--role", "replica", "--until-idle", node="away")
+    assert "--objects" in said.failed(OffsetOutOfRange)
+    assert site.meta("away") == before
+    site.objects = objects
+
+    site.follow("replica", "away")
+    same_state(site, ["p", "away"])
+    assert site.meta("away").tip.height == SOME - 1
+
+
+def test_deleted_under_a_running_replica(site: Site) -> None:
+    """It is asleep while what it would read next goes: it restores, in the same process, and follows on."""
+    with site.running("replica", "r") as worker:
+        site.wait_for("r", worker, height=SOME - 1)
+        site.put_to_sleep(worker)
+        write_hex_lines(site.folder / "long.hex", BLOCKS[:215])
+        site.ingest(site.folder / "long.hex")
+        site.follow("primary", "p")
+        assert trim(site, "--keep-blocks", 0)["height"] > SOME
+        worker.send_signal(signal.SIGCONT)
+        site.wait_for("r", worker, height=214, proof="proven")
+
+    same_state(site, ["p", "r"])
+
+
+def test_reorg_within_finality(site: Site) -> None:
+    """Down to the block of the floor, which is the lowest that a source knows."""
+    trim(site, "--keep-blocks", 0)
+    synthetic = ("ingest", "synthetic", "--blocks", 25, "--changes", 20, "--from-height")
+    assert "no block at height" in str(site.here(*synthetic, CUT - 1).document)
+    said = site.here(*synthetic, SOME - 1 - FINALITY).ok()
+    assert said["rewinds"] == 1
+    site.follow_both()
+
+    same_state(site, ["p", "r"])
+    assert site.meta("r").tip.height == SOME - 1 - FINALITY + 25
+
+
+def test_a_generation_behind_a_trim(site: Site) -> None:
+    """The epoch in force is known, so the old partition is ended; source and replica go on in the new one."""
+    trim(site, "--keep-blocks", 0)
+    site.here("snapshot").ok()
+    begun = site.here("generation", "new").ok()
+    said = site.ingest(site.folder / "all.hex")
+    assert said["height"] == MORE - 1
+    site.follow("primary", "p2")
+    for node in ("r", "new"):
+        site.follow("replica", node)
+        same_state(site, ["p2", node])
+    assert site.here("status", node="r").ok()["generation"] == begun["generation"]
+
+
+def test_resume_from(site: Site) -> None:
+    """A source may say again what has not taken effect, and nothing below."""
+    trim(site, "--keep-blocks", 0)
+    walk = site.meta("p").walk
+    resumed = ("ingest", "bitcoin", "--resume-from")
+    site.here(*resumed, walk, site.folder / "all.hex").failed(UsageError)
+    site.here(*resumed, walk + 2, site.folder / "all.hex").failed(WalkGap)
+    said = site.here(*resumed, walk + 1, site.folder / "all.hex").ok()
+    assert said["walk"] == walk + MORE - SOME
+    site.follow_both()
+
+    same_state(site, ["p", "r"])
