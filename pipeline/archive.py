@@ -28,13 +28,13 @@ compression may differ. `same_history` compares what must be equal.
 from __future__ import annotations
 
 import enum
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from struct import Struct
 from typing import NamedTuple
 
 from pipeline import frame, journal
+from pipeline.archive_names import SegmentName
 from pipeline.block import BlockRef
 from pipeline.errors import FrameCorrupt, SegmentCorrupt, StoreCorrupt
 from pipeline.frame import Feature, Header, Kind
@@ -53,8 +53,6 @@ _ENTRY = Struct("<Q32s32s32sQQ")
 INDEX_BYTES_EACH = _ENTRY.size
 assert INDEX_BYTES_EACH == 120
 
-_NAME = re.compile(r"(.+)/([0-9a-f]{32})/archive/(\d+)/(\d{12,})-(\d{12,})\.seg")
-
 
 class Section(enum.IntEnum):
     FRAMES = 1
@@ -68,19 +66,6 @@ LAYOUT = Layout(
 )
 
 
-class SegmentName(NamedTuple):
-    """What a segment's name says. ``first`` and ``last`` are heights, both inclusive."""
-
-    chain_id: str
-    generation: bytes
-    shard: int
-    first: int
-    last: int
-
-    def __str__(self) -> str:
-        return segment_name(*self)
-
-
 class IndexEntry(NamedTuple):
     """One frame of a segment; ``offset`` counts from the start of the frames section."""
 
@@ -89,24 +74,6 @@ class IndexEntry(NamedTuple):
     post_root: bytes
     offset: int
     length: int
-
-
-def archive_prefix(chain_id: str, generation: bytes, shard: int) -> str:
-    return f"{chain_id}/{generation.hex()}/archive/{shard}/"
-
-
-def segment_name(chain_id: str, generation: bytes, shard: int, first: int, last: int) -> str:
-    return f"{archive_prefix(chain_id, generation, shard)}{first:012d}-{last:012d}.seg"
-
-
-def parse_segment_name(name: str) -> SegmentName | None:
-    """The inverse of `segment_name`; None for an object that is no segment."""
-    match = _NAME.fullmatch(name)
-    if match is None:
-        return None
-    chain_id, generation, shard, first, last = match.groups()
-    parsed = SegmentName(chain_id, bytes.fromhex(generation), int(shard), int(first), int(last))
-    return parsed if str(parsed) == name and parsed.first <= parsed.last else None
 
 
 def plan_segments(archived_to: int, final_height: int, *, flush: bool = False) -> list[tuple[int, int]]:

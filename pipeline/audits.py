@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from pipeline import journal
-from pipeline.archive import Segment, SegmentName
+from pipeline.archive import Segment
+from pipeline.archive_names import RangeName, SegmentName
 from pipeline.block import BlockRef
 from pipeline.commitment import lthash
 from pipeline.diff import Diff
@@ -31,7 +32,6 @@ from pipeline.key_filter import build_filters, split_filters
 from pipeline.meeting import own_final
 from pipeline.parts import Part
 from pipeline.position import Meta, Tip
-from pipeline.range_names import RangeName
 from pipeline.ranges import RangeDiff
 from pipeline.segment_index import SegmentIndex
 from pipeline.snapshot import Manifest

@@ -10,11 +10,10 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.archive import SegmentName
+from pipeline.archive_names import RangeObject, SegmentName
 from pipeline.errors import ArchiveConflict, UsageError
 from pipeline.parts import Part
 from pipeline.position import BEFORE_FIRST_HEIGHT
-from pipeline.range_names import RangeObject
 from pipeline.snapshot import Manifest, ManifestName
 
 OPEN_S = 0.05

@@ -25,12 +25,12 @@ from typing import NamedTuple
 import msgpack
 
 from pipeline import codec
+from pipeline.archive_names import PieceName, RangeName
 from pipeline.codec import Codec, CodecError
 from pipeline.delta import decode_whole
 from pipeline.errors import FrameCorrupt, RangeCorrupt, StoreCorrupt, Unsupported
 from pipeline.frame import NO_HASH
 from pipeline.position import Meta, decode_meta, encode_meta
-from pipeline.range_names import PieceName, RangeName
 from pipeline.sections import TABLE_BYTES_MAX, Layout
 from pipeline.state import SCHEMAS, VALUE_BYTES_MAX
 from pipeline.table_diff import TableDiff

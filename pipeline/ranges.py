@@ -26,13 +26,13 @@ from pathlib import Path
 from blake3 import blake3
 
 from pipeline.archive import resume_record
+from pipeline.archive_names import RangeName
 from pipeline.block import BlockRef
 from pipeline.commitment import lthash
 from pipeline.delta import encode_whole
 from pipeline.diff import EMPTY_VECTORS, Diff
 from pipeline.errors import RangeCorrupt
 from pipeline.position import Meta
-from pipeline.range_names import RangeName
 from pipeline.range_pieces import Entry, Head, Piece, encode_piece, pack_chunk, span_of
 from pipeline.table_diff import TableDiff
 

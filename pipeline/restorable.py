@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from pipeline.archive_names import RangeObject
 from pipeline.plans import Hop, SegmentObject
-from pipeline.range_names import RangeObject
 from pipeline.retention import Verdict, window_start
 from pipeline.routes import History, Ways
 

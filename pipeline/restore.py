@@ -34,12 +34,12 @@ from blake3 import blake3
 from pipeline import frame
 from pipeline.apply import Effect, apply_whole
 from pipeline.archive import Segment, resume_record
+from pipeline.archive_names import RangeName
 from pipeline.commitment import lthash
 from pipeline.diff import EMPTY_COUNTS, EMPTY_VECTORS, Diff, decode_whole_body, split_tables
 from pipeline.errors import ApplyConflict, FrameCorrupt, NotFound, RangeCorrupt, RootMismatch, SegmentCorrupt
 from pipeline.frame import NO_HASH, Header
 from pipeline.position import BEFORE_FIRST_HEIGHT, NO_WRITER, START, Meta, Tip, encode_meta
-from pipeline.range_names import RangeName
 from pipeline.ranges import RangeDiff
 from pipeline.stores.base import META_KEY, Batch, Store
 from pipeline.verify import check_result

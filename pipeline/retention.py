@@ -15,10 +15,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.archive import parse_segment_name
+from pipeline.archive_names import parse_piece_name, parse_segment_name
 from pipeline.leases import Names
 from pipeline.objects import ObjectInfo
-from pipeline.range_names import parse_piece_name
 from pipeline.snapshot import MANIFEST_FILE, Manifest, ManifestName, parse_manifest_name
 
 _DAY_S = 86_400.0

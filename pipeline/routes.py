@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pipeline.archive import SEGMENT_BLOCKS
+from pipeline.archive_names import RangeObject
 from pipeline.errors import NotFound
 from pipeline.plans import Hop, SegmentObject, SnapshotObject, fetch_s, ingest_s, newest_names, step_of
 from pipeline.position import BEFORE_FIRST_HEIGHT
-from pipeline.range_names import RangeObject
 from pipeline.snapshot import ManifestName
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.archive import INDEX_BYTES_EACH, LAYOUT, IndexEntry, Section, SegmentName, decode_index
+from pipeline.archive import INDEX_BYTES_EACH, LAYOUT, IndexEntry, Section, decode_index
+from pipeline.archive_names import SegmentName
 from pipeline.errors import CorruptInput, SegmentCorrupt
 from pipeline.key_filter import may_hold, split_filters
 from pipeline.position import Meta, decode_meta

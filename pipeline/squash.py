@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline import frame
-from pipeline.archive import Segment, SegmentName
+from pipeline.archive import Segment
+from pipeline.archive_names import RangeName, SegmentName
 from pipeline.delta import encode_whole
 from pipeline.diff import decode_whole_body
 from pipeline.errors import RangeCorrupt
 from pipeline.frame import Header
 from pipeline.position import Meta
-from pipeline.range_names import RangeName
 from pipeline.range_pieces import CHUNK_CHANGES_MAX, CHUNK_RAW_BYTES, Entry, pack_chunk, unpack_chunk
 from pipeline.ranges import RangeDiff, RangeWriter
 from pipeline.state import SCHEMAS, Change

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from pipeline.archive import SegmentName, parse_segment_name
-from pipeline.range_names import parse_piece_name
+from pipeline.archive_names import SegmentName, parse_piece_name, parse_segment_name
 from pipeline.snapshot import parse_manifest_name
 
 

@@ -5,18 +5,8 @@ import pytest
 from blake3 import blake3
 
 from pipeline import failpoints
-from pipeline.archive import (
-    Committed,
-    Segment,
-    SegmentName,
-    build_segment,
-    covered_to,
-    parse_segment_name,
-    plan_segments,
-    resume_record,
-    same_history,
-    segment_name,
-)
+from pipeline.archive import Committed, Segment, build_segment, covered_to, plan_segments, resume_record, same_history
+from pipeline.archive_names import SegmentName, parse_segment_name
 from pipeline.errors import ArchiveConflict, SegmentCorrupt, StateferryError, Unsupported
 from pipeline.objects import MemoryObjects
 from pipeline.position import Meta
@@ -191,7 +181,7 @@ def test_another_history_in_the_archive(driven: Driven) -> None:
 
     with pytest.raises(ArchiveConflict):
         Archiver(objects).advance(node.replica, proven=True)
-    name = segment_name("walk", GENERATION.generation, 0, 0, 63)
+    name = str(SegmentName("walk", GENERATION.generation, 0, 0, 63))
     objects.delete(name)
     objects.put_new(name, b"SFsg but cut off")
     with pytest.raises(SegmentCorrupt):

@@ -17,7 +17,8 @@ from walks import GENERATION, NO_PARENT, OPENING, STAMP, block, coin, ref
 
 from pipeline import frame, journal
 from pipeline.apply import apply_references, apply_whole
-from pipeline.archive import Segment, SegmentName, resume_record
+from pipeline.archive import Segment, resume_record
+from pipeline.archive_names import SegmentName
 from pipeline.block import BlockRef, Connect, Event, Op, Rewind, SourceEpoch, decode_event, encode_event
 from pipeline.chunk import Assembler, decode_chunk
 from pipeline.codec import Codec

@@ -7,7 +7,8 @@ from random import Random
 import pytest
 
 from pipeline import frame, segment_index
-from pipeline.archive import LAYOUT, Section, Segment, SegmentName, build_segment
+from pipeline.archive import LAYOUT, Section, Segment, build_segment
+from pipeline.archive_names import SegmentName
 from pipeline.diff import decode_whole_body
 from pipeline.errors import SegmentCorrupt
 from pipeline.key_filter import build_filters, may_hold, split_filters

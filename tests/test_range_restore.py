@@ -15,10 +15,9 @@ from blake3 import blake3
 from pipeline import ranges
 from pipeline import restore as restoring
 from pipeline import squash as squashing
-from pipeline.archive import parse_segment_name
+from pipeline.archive_names import PieceName, RangeName, parse_piece_name, parse_segment_name
 from pipeline.errors import NotFound, RangeCorrupt, Unsupported
 from pipeline.objects import LocalObjects
-from pipeline.range_names import PieceName, RangeName, parse_piece_name
 from pipeline.range_pieces import Piece
 from pipeline.ranges import RangeWriter
 from pipeline.restore import Stage

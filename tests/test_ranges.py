@@ -15,11 +15,11 @@ from test_diff import State, applied, between, states
 
 from pipeline import frame, range_pieces, ranges
 from pipeline import squash as squashing
-from pipeline.archive import Segment, SegmentName
+from pipeline.archive import Segment
+from pipeline.archive_names import PieceName, RangeName, RangeObject, SegmentName, parse_piece_name, whole_ranges
 from pipeline.diff import Diff, decode_whole_body, squash
 from pipeline.errors import RangeCorrupt, Unsupported
 from pipeline.position import encode_meta
-from pipeline.range_names import PieceName, RangeName, RangeObject, parse_piece_name, whole_ranges
 from pipeline.range_pieces import CHUNK_RAW_BYTES_MAX, Entry, Piece, Section, span_of, unpack_chunk
 from pipeline.ranges import RangeDiff, RangeWriter
 from pipeline.squash import LEVELS, Due, Lowest, due_ranges, merge, net, squash_ranges

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from pipeline.archive import SegmentName, parse_segment_name
+from pipeline.archive_names import RangeName, RangeObject, SegmentName, parse_segment_name
 from pipeline.errors import (
     ArchiveConflict,
     AuditFailed,
@@ -24,7 +24,6 @@ from pipeline.objects import LocalObjects, MemoryObjects
 from pipeline.parts import write_parts
 from pipeline.plans import SegmentObject, SnapshotObject, newest_names
 from pipeline.position import Meta
-from pipeline.range_names import RangeName, RangeObject
 from pipeline.restore import SUCCESSORS, Stage
 from pipeline.routes import History, Route, find_route
 from pipeline.snapshot import ManifestName, encode_manifest

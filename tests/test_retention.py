@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.archive import SegmentName, parse_segment_name
+from pipeline.archive_names import PieceName, RangeName, RangeObject, SegmentName, parse_segment_name
 from pipeline.errors import LeaseCorrupt, NotFound
 from pipeline.leases import Kind, Lease, LeaseName, Names, dead, decode_lease, encode_lease, parse_lease_name
 from pipeline.objects import LocalObjects, MemoryObjects, ObjectInfo, ObjectStore, open_objects
 from pipeline.plans import SegmentObject
-from pipeline.range_names import PieceName, RangeName, RangeObject
 from pipeline.restorable import Hole, Span, restorable
 from pipeline.retention import Rules, Snapshot, doomed, judge, window_start
 from pipeline.routes import History

@@ -13,10 +13,9 @@ import pytest
 
 from pipeline import ranges
 from pipeline import squash as squashing
-from pipeline.archive import segment_name
+from pipeline.archive_names import PieceName, RangeName, SegmentName, parse_piece_name
 from pipeline.errors import ArchiveConflict, RangeCorrupt, SegmentCorrupt, StateferryError
 from pipeline.objects import LocalObjects
-from pipeline.range_names import PieceName, RangeName, parse_piece_name
 from pipeline.range_pieces import Piece
 from tests.ferries import Killed, kill_at
 from tests.walks import GENERATION, Node, drive, make_walk
@@ -153,7 +152,7 @@ def _write(path: Path, data: bytes) -> Path:
 
 def test_a_damaged_segment(objects: LocalObjects, tmp_path: Path) -> None:
     """Nothing is made of what cannot be read."""
-    name = segment_name(*ARCHIVE, 64, 127)
+    name = str(SegmentName(*ARCHIVE, 64, 127))
     data = objects.get(name)
     objects.delete(name)
     objects.put_new(name, data[:-1] + bytes([data[-1] ^ 1]))

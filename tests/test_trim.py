@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from pipeline.archive import SegmentName
-from pipeline.range_names import RangeName
+from pipeline.archive_names import RangeName, SegmentName
 from pipeline.snapshot import ManifestName
 from pipeline.trim import plan_trim
 

@@ -5,18 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline import failpoints
-from pipeline.archive import (
-    Committed,
-    Contents,
-    Segment,
-    archive_prefix,
-    build_segment,
-    covered_to,
-    parse_segment_name,
-    plan_segments,
-    same_history,
-    segment_name,
-)
+from pipeline.archive import Committed, Contents, Segment, build_segment, covered_to, plan_segments, same_history
+from pipeline.archive_names import SegmentName, archive_prefix, parse_segment_name
 from pipeline.errors import ArchiveConflict
 from pipeline.objects import AlreadyThere, ObjectStore
 from pipeline.position import Meta
@@ -87,7 +77,7 @@ class Archiver:
         first, last = due[0] if due else (start, start - 1)
         return Due(
             prefix=archive_prefix(meta.chain_id, meta.generation, meta.shard),
-            name=segment_name(meta.chain_id, meta.generation, meta.shard, first, last) if due else "",
+            name=str(SegmentName(meta.chain_id, meta.generation, meta.shard, first, last)) if due else "",
             contents=committed.contents(first, last) if due else None,
             wanted=wanted,
             first=first,

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.archive import SegmentName, parse_segment_name
+from pipeline.archive_names import SegmentName, parse_segment_name
 from pipeline.audits import (
     Level,
     Point,

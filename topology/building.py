@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from pipeline import failpoints
 from pipeline.archive import Segment
+from pipeline.archive_names import RangeObject
 from pipeline.errors import NotFound, PartCorrupt, StoreCorrupt
 from pipeline.plans import Hop, RestorePlan
 from pipeline.position import Meta, decode_meta, encode_meta
-from pipeline.range_names import RangeObject
 from pipeline.ranges import RangeDiff
 from pipeline.restore import Replay, Stage, before_first, settled
 from pipeline.stores.base import META_KEY, PROOF_KEY, Batch

@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline import failpoints
-from pipeline.archive import Segment, SegmentName
+from pipeline.archive import Segment
+from pipeline.archive_names import PieceName, RangeObject, SegmentName
 from pipeline.errors import PartCorrupt, RangeCorrupt, SegmentCorrupt, Unsupported
 from pipeline.objects import ObjectStore
 from pipeline.objects.files import written_whole
 from pipeline.parts import Part, digest_file
 from pipeline.plans import RestorePlan
-from pipeline.range_names import PieceName, RangeObject
 from pipeline.range_pieces import Piece
 from pipeline.ranges import RangeDiff
 from pipeline.snapshot import Manifest

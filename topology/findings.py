@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.archive import SegmentName
+from pipeline.archive_names import RangeObject, SegmentName, parse_piece_name, whole_ranges
 from pipeline.errors import CorruptInput, Diverged, NotFound, StateferryError, Unsupported, WrongChain
 from pipeline.objects import ObjectStore
-from pipeline.range_names import RangeObject, parse_piece_name, whole_ranges
 from pipeline.ranges import RangeDiff
 from pipeline.segment_index import SegmentIndex
 from topology.children import Report

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pipeline import frame
-from pipeline.archive import parse_segment_name
+from pipeline.archive_names import parse_piece_name, parse_segment_name, whole_ranges
 from pipeline.frame import NO_HASH
 from pipeline.objects import ObjectStore
 from pipeline.plans import SegmentObject
-from pipeline.range_names import parse_piece_name, whole_ranges
 from pipeline.restorable import Restorable, restorable
 from pipeline.retention import Rules
 from pipeline.routes import History

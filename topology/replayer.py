@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline import frame
-from pipeline.archive import Segment, SegmentName
+from pipeline.archive import Segment
+from pipeline.archive_names import RangeName, RangeObject, SegmentName
 from pipeline.audits import Point, check_digest, check_point, check_ranged, check_replayed
 from pipeline.errors import PartCorrupt, StoreCorrupt
 from pipeline.frame import NO_HASH
 from pipeline.parts import Part, digest_file
 from pipeline.plans import SegmentObject, lead
 from pipeline.position import Meta, Tip, encode_meta
-from pipeline.range_names import RangeName, RangeObject
 from pipeline.ranges import RangeDiff
 from pipeline.restore import Replay, before_first
 from pipeline.snapshot import Manifest

@@ -11,12 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.archive import parse_segment_name
+from pipeline.archive_names import PieceName, RangeName, parse_piece_name, parse_segment_name, whole_ranges
 from pipeline.errors import ManifestCorrupt, ObjectMissing, SignatureMissing
 from pipeline.objects import ObjectStore
 from pipeline.objects.files import written_whole
 from pipeline.plans import RestorePlan, SegmentObject, SnapshotObject, check_one_chain, newest_names
-from pipeline.range_names import PieceName, RangeName, parse_piece_name, whole_ranges
 from pipeline.routes import History, find_route
 from pipeline.signature import check_signature
 from pipeline.snapshot import Manifest, ManifestName, decode_manifest, parse_manifest_name

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import failpoints
+from pipeline.archive_names import RangeName
 from pipeline.block import BlockRef
 from pipeline.errors import (
     AuditFailed,
@@ -40,7 +41,6 @@ from pipeline.objects import ObjectStore, open_objects
 from pipeline.objects.files import sync
 from pipeline.plans import Estimate, RestorePlan
 from pipeline.position import Meta
-from pipeline.range_names import RangeName
 from pipeline.restore import Stage
 from pipeline.shards import join_metas
 from pipeline.stores.rocksdb import RocksStore

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline import frame
-from pipeline.archive import Committed, SegmentName, parse_segment_name
+from pipeline.archive import Committed
+from pipeline.archive_names import SegmentName, parse_segment_name
 from pipeline.comparison import Heights, Point
 from pipeline.diff import Diff, Vectors, decode_whole_body
 from pipeline.errors import NotFound

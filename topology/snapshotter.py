@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pipeline import failpoints
-from pipeline.archive import archive_prefix, parse_segment_name
+from pipeline.archive_names import archive_prefix, parse_segment_name
 from pipeline.errors import NotFound
 from pipeline.leases import Kind
 from pipeline.meeting import meeting_height, own_final

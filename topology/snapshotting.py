@@ -12,7 +12,8 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from pipeline.archive import Committed, parse_segment_name
+from pipeline.archive import Committed
+from pipeline.archive_names import parse_segment_name
 from pipeline.errors import Diverged, SnapshotCancelled, StateferryError
 from pipeline.meeting import own_final
 from pipeline.objects import open_objects

@@ -20,17 +20,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline import failpoints
-from pipeline.archive import SegmentName, archive_prefix, parse_segment_name
-from pipeline.errors import ArchiveConflict, RangeCorrupt
-from pipeline.objects import AlreadyThere, ObjectStore, open_objects
-from pipeline.range_names import (
+from pipeline.archive_names import (
     PieceName,
     RangeName,
     RangeObject,
+    SegmentName,
+    archive_prefix,
     parse_piece_name,
+    parse_segment_name,
     ranges_prefix,
     whole_ranges,
 )
+from pipeline.errors import ArchiveConflict, RangeCorrupt
+from pipeline.objects import AlreadyThere, ObjectStore, open_objects
 from pipeline.range_pieces import Piece
 from pipeline.ranges import RangeDiff
 from pipeline.squash import Due, Lowest, due_ranges, is_aligned, squash_ranges

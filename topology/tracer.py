@@ -14,14 +14,14 @@ from functools import cached_property
 from typing import NamedTuple
 
 from pipeline import frame
-from pipeline.archive import IndexEntry, SegmentName, covered_to, parse_segment_name
+from pipeline.archive import IndexEntry, covered_to
+from pipeline.archive_names import RangeName, SegmentName, parse_piece_name, parse_segment_name, whole_ranges
 from pipeline.diff import Diff, decode_whole_body
 from pipeline.errors import NotFound, SegmentCorrupt
 from pipeline.frame import NO_HASH, Header
 from pipeline.objects import ObjectStore
 from pipeline.parts import Part
 from pipeline.plans import check_one_chain
-from pipeline.range_names import RangeName, parse_piece_name, whole_ranges
 from pipeline.segment_index import SegmentIndex
 from pipeline.shards import shard_of
 from pipeline.snapshot import Manifest, ManifestName, parse_manifest_name

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.archive import parse_segment_name
+from pipeline.archive_names import parse_segment_name
 from pipeline.errors import ArchiveConflict, LogLost, NotFound
 from pipeline.floor import EventsFloor, Floor, FramesFloor, ShardFloor, encode_floor
 from pipeline.generation import GENERATIONS_TOPIC, Generation

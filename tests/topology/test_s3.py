@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from pipeline.archive import parse_segment_name
+from pipeline.archive_names import parse_segment_name
 from pipeline.errors import ObjectsUnavailable
 from pipeline.objects import ObjectStore, open_objects
 from tests.chains import load_blocks, write_hex_lines

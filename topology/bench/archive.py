@@ -30,12 +30,11 @@ from typing import Any
 
 from blake3 import blake3
 
-from pipeline.archive import parse_segment_name
+from pipeline.archive_names import parse_piece_name, parse_segment_name
 from pipeline.block import Block, BlockRef, Op, Ops
 from pipeline.delta import encode_whole
 from pipeline.frame import NO_HASH
 from pipeline.objects.local import LocalObjects
-from pipeline.range_names import parse_piece_name
 from pipeline.range_pieces import CHUNK_CHANGES_MAX, pack_chunk
 from pipeline.sources import synthetic
 from pipeline.squash import LEVELS

@@ -23,7 +23,7 @@ from typing import Any
 import click
 
 from pipeline import frame
-from pipeline.archive import parse_segment_name
+from pipeline.archive_names import parse_segment_name
 from pipeline.block import Block, Op, Ops
 from pipeline.diff import decode_whole_body
 from pipeline.errors import NotFound, RootMismatch

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pipeline.apply import describe_key
-from pipeline.archive import SegmentName
+from pipeline.archive_names import SegmentName
 from pipeline.errors import NotFound, UsageError
 from pipeline.frame import Header
 from pipeline.objects import open_objects
