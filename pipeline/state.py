@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -202,6 +203,26 @@ class Schema:
         head, tail = short[: self.short_at], short[self.short_at :]
         for rest, value in self.entries(stored):
             yield head + rest + tail, value
+
+    def plain_items(
+        self, storage_keys: Sequence[bytes], stored: Sequence[bytes]
+    ) -> tuple[list[bytes], list[bytes]] | None:
+        """`items` for a batch: the whole keys and the values. None where some entry is not the plain one that nearly
+        all are, or does not belong to this table: for those there are `schema_of_storage_key` and `items`."""
+        size, rest_bytes = _STORAGE_PREFIX_BYTES + self.short_key_bytes, self.route_bytes - self.short_at
+        if set(map(len, storage_keys)) != {size} or not self.is_short or min(map(len, stored)) < 1 + rest_bytes:
+            return None
+        rows = np.frombuffer(b"".join(storage_keys), np.uint8).reshape(-1, size)
+        is_own = rows[:, 2] == self.table_id
+        is_own &= (rows[:, 0] == rows[:, 3] >> 4) & (rows[:, 1] == rows[:, 3] << 4 | rows[:, 4] >> 4)
+        if not is_own.all() or bytes(map(itemgetter(0), stored)).strip(b"\1"):
+            return None
+        rests = b"".join(map(itemgetter(slice(1, 1 + rest_bytes)), stored))
+        keys = np.empty((len(rows), self.key_bytes), np.uint8)
+        keys[:, : self.short_at] = rows[:, 3 : 3 + self.short_at]
+        keys[:, self.short_at : self.route_bytes] = np.frombuffer(rests, np.uint8).reshape(-1, rest_bytes)
+        keys[:, self.route_bytes :] = rows[:, 3 + self.short_at :]
+        return _rows(keys), list(map(itemgetter(slice(1 + rest_bytes, None)), stored))
 
 
 def _rows(table: npt.NDArray[np.uint8]) -> list[bytes]:

@@ -6,8 +6,10 @@ into *proven*, and what finds a bit that rotted in a value nobody touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, pairwise
+from operator import lt
 from typing import Any
 
 import msgpack
@@ -124,42 +126,35 @@ class Audited:
 def audit(entries: Iterable[tuple[bytes, bytes]]) -> Audited:
     """Hash every (storage key, stored bytes), ascending, into vectors. Raises StoreCorrupt: out of order, malformed."""
     accumulators = {table_id: lthash.Accumulator() for table_id in SCHEMAS}
-    pending: dict[int, tuple[list[bytes], list[bytes]]] = {table_id: ([], []) for table_id in SCHEMAS}
-    previous, keys = b"", 0
-    schema, key_bytes, table_id = None, 0, 0
-    for storage_key, stored in entries:
-        if storage_key <= previous:
-            raise StoreCorrupt(f"storage key {storage_key.hex()} does not ascend")
-        previous = storage_key
-        if schema is None or len(storage_key) != key_bytes or storage_key[2] != table_id:
-            schema = schema_of_storage_key(storage_key)
-            key_bytes, table_id = len(storage_key), schema.table_id
-            table_keys, values = pending[table_id]
-            middle, stop = 3 + schema.short_at, 1 + schema.route_bytes - schema.short_at
-        if storage_key[0] << 8 | storage_key[1] != storage_key[3] << 4 | storage_key[4] >> 4:
-            schema_of_storage_key(storage_key)  # raises: nobody would look for the key in this group
-        if schema.is_short and len(stored) >= stop and stored[0] == 1:
-            # `Schema.items`, for the one layout that all but a few entries have.
-            table_keys.append(storage_key[3:middle] + stored[1:stop] + storage_key[middle:])
-            values.append(stored[stop:])
-        else:
-            for key, value in schema.items(storage_key, stored):
-                table_keys.append(key)
-                values.append(value)
-        if len(table_keys) >= _AUDIT_CHUNK:
-            keys += _drain(accumulators, table_id, table_keys, values)
-    for last_id, (table_keys, values) in pending.items():
-        if table_keys:
-            keys += _drain(accumulators, last_id, table_keys, values)
-    return Audited(vectors={table_id: one.vector() for table_id, one in accumulators.items()}, keys=keys)
+    remaining, previous, count = iter(entries), b"", 0
+    while chunk := list(islice(remaining, _AUDIT_CHUNK)):
+        storage_keys, stored = zip(*chunk, strict=True)
+        if not all(map(lt, (previous, *storage_keys), storage_keys)):
+            key = next(key for before, key in pairwise((previous, *storage_keys)) if before >= key)
+            raise StoreCorrupt(f"storage key {key.hex()} does not ascend")
+        previous = storage_keys[-1]
+        for table_id, keys, values in _items(storage_keys, stored):
+            accumulators[table_id].add(lthash.elements(table_id, keys, values))
+            count += len(keys)
+    return Audited(vectors={table_id: one.vector() for table_id, one in accumulators.items()}, keys=count)
 
 
-def _drain(accumulators: dict[int, lthash.Accumulator], table_id: int, keys: list[bytes], values: list[bytes]) -> int:
-    count = len(keys)
-    accumulators[table_id].add(lthash.elements(table_id, keys, values))
-    keys.clear()
-    values.clear()
-    return count
+def _items(
+    storage_keys: Sequence[bytes], stored: Sequence[bytes]
+) -> Iterator[tuple[int, Sequence[bytes], Sequence[bytes]]]:
+    """Table ids with whole keys and values, together all that a run of entries holds. Raises StoreCorrupt."""
+    first = schema_of_storage_key(storage_keys[0])
+    plain = first.plain_items(storage_keys, stored)
+    if plain is not None:
+        yield first.table_id, *plain
+        return
+    found: dict[int, list[tuple[bytes, bytes]]] = {}
+    for storage_key, held in zip(storage_keys, stored, strict=True):
+        schema = schema_of_storage_key(storage_key)  # raises: nobody would look for the key in another group
+        found.setdefault(schema.table_id, []).extend(schema.items(storage_key, held))
+    for table_id, items in found.items():
+        keys, values = zip(*items, strict=True)
+        yield table_id, keys, values
 
 
 def combine(partials: Iterable[Audited]) -> Audited:

@@ -73,6 +73,28 @@ def test_bucket_equals_dict(writes: list[tuple[bytes, bytes | None]]) -> None:
     assert ([] if stored is None else list(UTXO.items(at, stored))) == sorted(model.items())
 
 
+@given(st.lists(st.binary(min_size=36, max_size=36), min_size=1, max_size=80, unique=True), st.data())
+def test_plain_items_are_the_items(keys: list[bytes], data: st.DataObject) -> None:
+    """Entries of one key each are read at once, to what `items` reads; any other entry among them is left to it."""
+    storage_keys = UTXO.storage_keys(keys)
+    stored = [b"\x01" + key[8:32] + key[: key[0] % 7] for key in keys]
+
+    found = UTXO.plain_items(storage_keys, stored)
+
+    assert found is not None
+    assert list(zip(*found, strict=True)) == [
+        item for at, held in zip(storage_keys, stored, strict=True) for item in UTXO.items(at, held)
+    ]
+
+    odd = data.draw(st.integers(0, len(keys) - 1))
+    for other in (b"", b"\x01" + bytes(23), b"\x02" + stored[odd][1:]):
+        assert UTXO.plain_items(storage_keys, [*stored[:odd], other, *stored[odd + 1 :]]) is None
+    group = data.draw(st.integers(0, 2))
+    moved = bytes(byte ^ (at == group) for at, byte in enumerate(storage_keys[odd]))
+    for strange in (moved, storage_keys[odd] + b"x"):
+        assert UTXO.plain_items([*storage_keys[:odd], strange, *storage_keys[odd + 1 :]], stored) is None
+
+
 @given(st.dictionaries(rests, values, min_size=1), st.randoms(use_true_random=False))
 def test_equal_states_have_equal_bytes(held: dict[bytes, bytes], random) -> None:  # type: ignore[no-untyped-def]
     """The order in which keys met under a short key leaves no trace."""

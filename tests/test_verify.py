@@ -44,6 +44,15 @@ def test_audit_of_many_keys_is_one_sum() -> None:
     assert found.keys == 9000
     assert found.vectors == {1: accumulator.vector()}
 
+    other = keys[4500][:8] + b"\xff" * 24 + keys[4500][32:]  # meets another key under its short key
+    entries[4500] = (entries[4500][0], UTXO.with_value(other, entries[4500][1], b"w") or b"")
+    accumulator.add(lthash.elements(1, [other], [b"w"]))
+
+    found = audit(iter(entries))
+
+    assert found.keys == 9001
+    assert found.vectors == {1: accumulator.vector()}
+
 
 def test_every_flipped_bit_is_found() -> None:
     """A bit that rotted anywhere in a stored value or key is found, also where nobody reads."""
