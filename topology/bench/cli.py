@@ -186,10 +186,18 @@ def backlog(blocks: int | None, changes: int | None, broker: str, quick: bool, a
     help="Keys to restore; may be repeated.",
     show_default="100000, 2000000",
 )
+@click.option("--blocks", type=click.IntRange(1), help="Instead: the state that so many synthetic blocks leave.")
+@click.option(
+    "--changes", type=click.IntRange(2), default=200, help="Changes a block, with --blocks.", show_default=True
+)
 @_common
-def restore(sizes: tuple[int, ...], quick: bool, as_json: bool) -> None:
+def restore(sizes: tuple[int, ...], blocks: int | None, changes: int, quick: bool, as_json: bool) -> None:
     """A restore from a snapshot, against replaying all frames and against copying files."""
-    rows = restore_bench.run(sizes=sizes or ((20_000,) if quick else restore_bench.SIZES))
+    keys = sizes or ((20_000,) if quick else restore_bench.SIZES)
+    histories = [restore_bench.History.of_keys(size) for size in keys]
+    if blocks is not None:
+        histories = [restore_bench.History.of_blocks(blocks, changes)]
+    rows = restore_bench.run(histories)
     report.show("bench restore", rows, as_json=as_json)
 
 

@@ -6,7 +6,8 @@
 * `copy-N`: `cp -r` of a store's files, opened. Nothing can be faster, and nothing is checked.
 
 The state grew out of blocks that create 5,000 keys and spend 500: the shortest history that such a state can have. A
-chain that spends more has more frames for the same keys, and restores look the better for it.
+chain that spends more has more frames for the same keys, and restores look the better for it: rows `...-of-B-blocks`
+are of the state that B blocks of the synthetic chain leave.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from blake3 import blake3
 
@@ -60,20 +61,40 @@ def growing_blocks() -> Iterator[Block]:
         young, parent, height = keys[:_SPENDS], block_hash, height + 1
 
 
+class History(NamedTuple):
+    """How a state came to be: ``blocks`` up to the snapshot's height, of ``changes`` each on the synthetic chain, or
+    (None) of `growing_blocks`."""
+
+    name: str
+    blocks: int
+    changes: int | None = None
+
+    @classmethod
+    def of_keys(cls, keys: int) -> History:
+        return cls(f"{keys}", max(-(-keys // (_CREATES - _SPENDS)), 1))
+
+    @classmethod
+    def of_blocks(cls, blocks: int, changes: int) -> History:
+        return cls(f"of-{blocks}-blocks", blocks, changes)
+
+    def made(self) -> Iterator[Block]:
+        count = self.blocks + FINALITY
+        return islice(growing_blocks(), count) if self.changes is None else loads.synthetic_blocks(count, self.changes)
+
+
 class Builder:
-    """Asked for a number of keys, it makes frames, a snapshot and a checkpoint of a state that has as many at the
-    snapshot's height, and answers with (keys, frames up to there)."""
+    """Asked for a history, it makes frames, a snapshot and a checkpoint of the state at its end, and answers with the
+    keys that this has."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._store = RocksStore(folder / "built")
 
-    def answer(self, keys: int) -> tuple[int, int]:
+    def answer(self, history: History) -> int:
         replica = loads.open_replica(self._store, finality=FINALITY)
         primary = loads.ReadBack(replica)
-        count = max(-(-keys // (_CREATES - _SPENDS)), 1) + FINALITY
         with (self._folder / _FRAMES).open("wb") as file:
-            for walk, block in enumerate(islice(growing_blocks(), count), 1):
+            for walk, block in enumerate(history.made(), 1):
                 for record in primary.commit(loads.event_of(block, walk)).records:
                     file.write(len(record).to_bytes(4, "little") + record)
         copy = self._folder / "copy"
@@ -81,7 +102,7 @@ class Builder:
         self._store.checkpoint(self._folder / _CHECKPOINT)
         manifest = snapshotter.take_snapshot([copy], self._folder / "scratch", LocalObjects(self._folder / _OBJECTS))
         shutil.rmtree(copy)
-        return manifest.keys, count - FINALITY
+        return manifest.keys
 
     def close(self) -> None:
         self._store.close()
@@ -141,25 +162,25 @@ class Contender:
 _WAYS = ("replay", "copy", "restore-claimed", "restore-proven")
 
 
-def run(*, sizes: Sequence[int] = SIZES) -> list[Row]:
-    return [row for size in sizes for row in _rows(size)]
+def run(histories: Sequence[History]) -> list[Row]:
+    return [row for history in histories for row in _rows(history)]
 
 
-def _rows(size: int) -> list[Row]:
+def _rows(history: History) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="stateferry-bench-") as name:
         folder = Path(name)
         with Worker(Builder, folder) as builder:
-            keys, frames = builder.ask(size)
+            keys = builder.ask(history)
         took: dict[str, tuple[float, float]] = {}
         for way in _WAYS:
-            with Worker(Contender, folder, frames) as contender:
+            with Worker(Contender, folder, history.blocks) as contender:
                 seconds, found, rss_mb = contender.ask(way)
             assert found == keys or way == "copy", (way, found, keys)
             took[way] = (seconds, rss_mb)
-    baseline = f"replay-{size}"
+    baseline = f"replay-{history.name}"
     return [
         Row(
-            name=f"{way}-{size}",
+            name=f"{way}-{history.name}",
             measures={"seconds": seconds, "keys_per_s": keys / seconds},
             baseline="" if way == "replay" else baseline,
             ratio=None if way == "replay" else took["replay"][0] / seconds,
