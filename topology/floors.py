@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 from pipeline.errors import OffsetOutOfRange
 from pipeline.floor import EventsFloor, Floor, FramesFloor, floors_of, highest
 from pipeline.generation import GENERATIONS_TOPIC, Generation
+from pipeline.position import Meta
 from topology import topics
 from topology.transports.base import Broker
 
@@ -22,7 +25,9 @@ async def of_blocks(broker: Broker, generation: Generation) -> EventsFloor | Non
     if first == 0:
         return None
     found = highest(await of(broker, generation), lambda floor: floor.blocks, first, end)
-    return found or _refuse(topic, 0, first)
+    if found is None:
+        raise _not_said(topic, 0, first)
+    return found
 
 
 async def of_events(broker: Broker, generation: Generation, shard: int, at_most: int) -> EventsFloor | None:
@@ -33,7 +38,9 @@ async def of_events(broker: Broker, generation: Generation, shard: int, at_most:
     if first == 0:
         return None
     found = highest(await of(broker, generation), lambda floor: floor.shards[shard].events, first, min(end, at_most))
-    return found or _refuse(topic, shard, first)
+    if found is None:
+        raise _not_said(topic, shard, first)
+    return found
 
 
 async def of_frames(broker: Broker, generation: Generation, shard: int) -> FramesFloor | None:
@@ -42,8 +49,35 @@ async def of_frames(broker: Broker, generation: Generation, shard: int) -> Frame
     return highest(await of(broker, generation), lambda floor: floor.shards[shard].frames, first, end)
 
 
-def _refuse(topic: str, partition: int, first: int) -> EventsFloor:
-    raise OffsetOutOfRange(
+async def lacking(broker: Broker, generation: Generation, shard: int, meta: Meta | None, *, events: bool) -> str:
+    """What a store lacks of the topics, because it is deleted; empty: nothing. ``meta`` None: it would begin with the
+    first record. ``events``: whether it reads those too."""
+    wanted = [(generation.diffs_topic, 0 if meta is None else meta.diffs.next_offset)]
+    if events:
+        wanted.append((generation.events_topic, 0 if meta is None else meta.blocks.next_offset))
+    for topic, offset in wanted:
+        first, _ = await broker.bounds(topic, shard)
+        if offset < first:
+            return f"the topic {topic} begins at offset {first} in partition {shard}, this node is at {offset}"
+    return ""
+
+
+async def beginning(broker: Broker, generation: Generation, meta: Meta) -> dict[str, int]:
+    """From where a primary will read on, by topic, that restores the newest state and has ``meta`` at least: there, or
+    from the highest floor if records above were deleted. Raises OffsetOutOfRange."""
+    offsets = {generation.diffs_topic: meta.diffs.next_offset, generation.events_topic: meta.blocks.next_offset}
+    if await lacking(broker, generation, meta.shard, meta, events=True):
+        frames = await of_frames(broker, generation, meta.shard)
+        events = await of_events(broker, generation, meta.shard, sys.maxsize)
+        if frames is not None:
+            offsets[generation.diffs_topic] = frames.mark.next_offset
+        if events is not None:
+            offsets[generation.events_topic] = events.mark.next_offset
+    return offsets
+
+
+def _not_said(topic: str, partition: int, first: int) -> OffsetOutOfRange:
+    return OffsetOutOfRange(
         f"the topic begins at offset {first}: the events before it were deleted, not by `stateferry topics trim`, and "
         "with them what its walk is counted from",
         where=f"{topic}[{partition}]",

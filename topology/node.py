@@ -119,6 +119,13 @@ class Node:
         self.is_owned = self._started = True
         return offsets
 
+    async def start_behind(self) -> None:
+        """As `start`, for a store that lacks records which were deleted: another one will take its place."""
+        self.rest()
+        await self.look_at_ends()
+        self.last_progress_s = time.monotonic()
+        self.is_owned = self._started = True
+
     def begin_session(self) -> None:
         """What was taken before follows no more."""
         self.session += 1

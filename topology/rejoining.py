@@ -19,7 +19,7 @@ from pipeline.errors import NotFound, OffsetOutOfRange
 from pipeline.generation import Generation
 from pipeline.objects import ObjectStore, open_objects
 from pipeline.position import Meta
-from topology import building, logs, renewal, restorer
+from topology import building, floors, logs, renewal, restorer
 from topology.data_dir import DataDir
 from topology.restore_plans import Request
 from topology.settings import Settings
@@ -105,15 +105,9 @@ def _restore(objects: ObjectStore, renewed: DataDir, request: Request, why: str)
 
 
 async def _behind(broker: Broker, role: Role, generation: Generation, metas: Mapping[int, Meta]) -> str:
-    """Why the first store that lacks deleted records lacks them; empty if none does. A shard without a store would
-    begin with the first record."""
+    """What the first of the stores lacks that lacks anything; empty if none does."""
     for shard in range(generation.shards):
-        meta = metas.get(shard)
-        wanted = [(generation.diffs_topic, 0 if meta is None else meta.diffs.next_offset)]
-        if role is Role.PRIMARY:
-            wanted.append((generation.events_topic, 0 if meta is None else meta.blocks.next_offset))
-        for topic, offset in wanted:
-            first, _ = await broker.bounds(topic, shard)
-            if offset < first:
-                return f"the topic {topic} begins at offset {first} in partition {shard}, this node is at {offset}"
+        meta, events = metas.get(shard), role is Role.PRIMARY
+        if why := await floors.lacking(broker, generation, shard, meta, events=events):
+            return why
     return ""

@@ -54,24 +54,20 @@ def lacks(node: Node, resumes: Sequence[Meta]) -> bool:
 class Restoring:
     """One shard that is being restored.
 
-    * `offsets` are those from which its records are to be read, whoever assigns it again meanwhile.
+    * `offsets` are the same, whoever assigns it again meanwhile.
     """
 
     def __init__(
         self,
         node: Node,
-        resume: Meta,
+        offsets: dict[str, int],
         *,
         stop_proof: Callable[[Node], Awaitable[None]],
         prove: Callable[[Node], None],
     ) -> None:
         """``stop_proof``: of the store that is here. ``prove``: the one that takes its place."""
-        self.offsets = {
-            node.generation.diffs_topic: resume.diffs.next_offset,
-            node.generation.events_topic: resume.blocks.next_offset,
-        }
+        self.offsets = offsets
         self._node = node
-        self._resume = resume
         self._stop_proof = stop_proof
         self._prove = prove
         node.wait_for_store()
@@ -114,7 +110,7 @@ class Restoring:
         """The frames up to where the stream goes on."""
         node, topic = self._node, self._node.generation.diffs_topic
         async for record in topics.records(node.broker, topic, node.following.next_offset, partition=node.shard):
-            if record.offset >= self._resume.diffs.next_offset:
+            if record.offset >= self.offsets[topic]:
                 return
             await node.follow_record(node.session, record.offset, record.value)
             await asyncio.sleep(0)  # the other shards go on

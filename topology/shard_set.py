@@ -20,7 +20,7 @@ from pipeline.position import Meta
 from pipeline.replica import Step
 from pipeline.shards import join_metas, stand_together
 from pipeline.verify import Proof
-from topology import logs, prefetching
+from topology import floors, logs, prefetching
 from topology.anchors import Anchoring
 from topology.archiving import Archiving
 from topology.building import held_meta
@@ -177,15 +177,21 @@ class ShardSet:
         }
 
     async def _start(self, node: Node, resumes: Sequence[Meta]) -> dict[str, int]:
-        """Where to read what a shard needs; what it lacks of a snapshot is restored beside."""
+        """Where to read what a shard needs; what it lacks of a snapshot, or of deleted records, is restored beside."""
         restoring, task = self._restoring.get(node.shard, (None, None))
         if restoring is not None and task is not None and not task.done():
             node.begin_session()
             return restoring.offsets
-        offsets = await node.start()
-        if not lacks(node, resumes):
-            return offsets
-        restoring = Restoring(node, resumes[node.shard], stop_proof=self._stop_proof, prove=self._prove)
+        meta, comes_and_goes = node.committed_meta, self.anchoring is not None and node.until_height is None
+        if comes_and_goes and await floors.lacking(self.broker, self.generation, node.shard, meta, events=True):
+            await node.start_behind()
+        else:
+            offsets = await node.start()
+            if not lacks(node, resumes):
+                return offsets
+        resume = resumes[node.shard] if len(resumes) > node.shard else meta
+        offsets = await floors.beginning(self.broker, self.generation, resume)
+        restoring = Restoring(node, offsets, stop_proof=self._stop_proof, prove=self._prove)
         task = asyncio.create_task(restoring.run())
         task.add_done_callback(self._restored)
         self._restoring[node.shard] = (restoring, task)

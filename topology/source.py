@@ -70,7 +70,7 @@ async def applied_walk(broker: Broker, generation: Generation) -> int:
     It looks at the end only. Whoever wrote a frame was in force when it did, so the highest epoch there is. Where no
     frame is left, all of them were archived: the floor says their walk.
     """
-    said = [shard.events.walk for floor in await floors.of(broker, generation) for shard in floor.shards]
+    said = [floor.blocks.walk for floor in await floors.of(broker, generation)]
     return max([*said, min([await _applied_walk(broker, generation, shard) for shard in range(generation.shards)])])
 
 
