@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import topology.sealing
+import topology.sealing_process
 from pipeline.codec import Codec
 from pipeline.diff import Diff
 from pipeline.errors import StateferryError
@@ -77,7 +77,7 @@ def test_seals_are_the_same_wherever_they_are_made(sealing: Sealing, portions_he
 
 def test_memory_of_large_blocks_is_given_back(sealing: Sealing, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once no block is with the process, what lay there for it is gone, and the next ones are sealed as ever."""
-    monkeypatch.setattr(topology.sealing, "_BOARD_BYTES_KEPT", 0)
+    monkeypatch.setattr(topology.sealing_process, "_BOARD_BYTES_KEPT", 0)
     for diff in diffs(20_000, 300, 300):
         assert sealing.submit(diff, NOTHING_SHARED, Codec.ZSTD).result() == seal(diff, NOTHING_SHARED, Codec.ZSTD)
 
