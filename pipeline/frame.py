@@ -47,6 +47,7 @@ class Feature(enum.IntFlag):
     """Required features: a reader that does not know one must stop."""
 
     SELF_CONTAINED = 1  # the body is in whole form
+    TAKES_BACK = 2  # of an EPOCH of a shard: frames above its seq are void
 
 
 NO_FEATURES = Feature(0)
@@ -58,7 +59,9 @@ class Header:
     """Everything about a frame but its columns. Hashes and roots are 32 bytes, ids of writers and generations 16.
 
     For APPLY, ``ref`` is the block connected and ``parent_hash`` the tip before. For UNDO, ``ref`` is the block taken
-    off and ``parent_hash`` the tip after. EPOCH and GENERATION take no seq and no links: those fields are zero.
+    off and ``parent_hash`` the tip after. EPOCH and GENERATION take no seq and no links: those fields are zero. But an
+    EPOCH that TAKES_BACK names the last frame that stays (``seq``, ``walk``, ``prev_frame_id``), and from where, under
+    which source, events are read on.
     """
 
     kind: Kind
@@ -255,7 +258,7 @@ def _parse(data: bytes) -> tuple[Header, memoryview, int]:
     _, version, kind, codec_id, required, optional, generation, epoch, writer, shard, shards = _PREFIX.unpack_from(data)
     if version != VERSION:
         raise Unsupported(f"a frame of version {version}", way_out=f"this build reads version {VERSION}: upgrade")
-    if required & ~int(Feature.SELF_CONTAINED):  # the complement of a flag knows no bits but its own
+    if required & ~int(Feature.SELF_CONTAINED | Feature.TAKES_BACK):  # a flag's complement knows its own bits only
         raise Unsupported(f"a frame that requires unknown features ({required:#x})", way_out="upgrade")
     if kind not in set(Kind) or codec_id not in set(Codec):
         raise Unsupported(f"a frame of kind {kind}, codec {codec_id}", way_out="upgrade")
@@ -338,5 +341,9 @@ def _check(header: Header, raw_bytes: int) -> None:
         demand(bool(header.table_roots), "no table roots")
         bare = header.kind is Kind.UNDO and Feature.SELF_CONTAINED not in header.required
         demand(not (bare and raw_bytes), "an UNDO frame with a body that nobody reads")
+        demand(Feature.TAKES_BACK not in header.required, "a numbered frame that takes back others")
+    elif header.required:
+        takes_back = header.kind is Kind.EPOCH and header.required == Feature.TAKES_BACK
+        demand(takes_back and header.shards > 1, "an EPOCH or GENERATION frame with features")
     else:
-        demand(header.seq == 0 and not header.required, "an EPOCH or GENERATION frame with seq or features")
+        demand(header.seq == 0, "an EPOCH or GENERATION frame with a seq")

@@ -17,7 +17,7 @@ from pipeline.block import BlockRef
 from pipeline.commitment import lthash
 from pipeline.diff import EMPTY_COUNTS, EMPTY_VECTORS
 from pipeline.errors import StoreCorrupt
-from pipeline.frame import NO_HASH, Header, Kind
+from pipeline.frame import NO_HASH, Feature, Header, Kind
 
 NO_WRITER = bytes(16)
 BEFORE_FIRST_HEIGHT = -1
@@ -135,7 +135,13 @@ class Meta:
     def after_epoch(self, header: Header, *, offset: int, digest: bytes) -> Meta:
         """The meta once a valid EPOCH, read at ``offset`` of diffs, is in force."""
         assert header.kind is Kind.EPOCH and header.epoch == self.epoch + 1, (header.epoch, self.epoch)
-        return replace(self, epoch=header.epoch, writer=header.writer).with_diffs(offset=offset, digest=digest)
+        meta = replace(self, epoch=header.epoch, writer=header.writer).with_diffs(offset=offset, digest=digest)
+        if Feature.TAKES_BACK in header.required:
+            assert (self.seq, self.frame_id) == (header.seq, header.prev_frame_id), (self.seq, header.seq)
+            mark = LogMark(next_offset=header.next_input_offset, last_digest=header.input_digest)
+            source = (header.source_epoch, header.source_writer)
+            meta = replace(meta, blocks=mark, source_epoch=source[0], source_writer=source[1])
+        return meta
 
     def with_diffs(self, *, offset: int, digest: bytes) -> Meta:
         """The meta with the record at ``offset`` of diffs as the last one followed."""

@@ -20,8 +20,8 @@ from pipeline.apply import Effect, apply_block
 from pipeline.block import Block, Connect, Event, Rewind, SourceEpoch
 from pipeline.codec import Codec
 from pipeline.commitment import lthash
-from pipeline.errors import Fenced, SeqConflict, WalkInvalid
-from pipeline.frame import Header, Kind
+from pipeline.errors import Fenced, RewindTooDeep, SeqConflict, WalkInvalid
+from pipeline.frame import Feature, Header, Kind
 from pipeline.position import LogMark, Meta, Tip
 from pipeline.replica import Applied, Ended, Next, Outcome, Reign, Replica, Step, as_whole
 from pipeline.seal import Pending, Seal, Sealer, seal_at_once
@@ -59,17 +59,47 @@ class _Draft:
 
 def epoch_frame(meta: Meta, writer: bytes) -> bytes:
     """The EPOCH with which ``writer`` asks to be next after the one in force."""
+    return frame.encode(_epoch_header(meta, writer), b"")
+
+
+def _epoch_header(meta: Meta, writer: bytes) -> Header:
+    return Header(
+        kind=Kind.EPOCH,
+        codec=Codec.NONE,
+        generation=meta.generation,
+        epoch=meta.epoch + 1,
+        writer=writer,
+        shard=meta.shard,
+        shards=meta.shards,
+        chain_id=meta.chain_id,
+        table_roots={},
+    )
+
+
+def take_back_frame(replica: Replica, writer: bytes, event: SourceEpoch, reading: Reading) -> bytes:
+    """The EPOCH with which a shard's ``writer`` makes void all that came of the events that ``event`` makes void: from
+    there on the shard stands where one does that refused the first of them. Raises RewindTooDeep if the journal does
+    not reach that far."""
+    meta, walk = replica.meta, event.resume_walk - 1
+    stays = replica.header_of_walk(walk) if walk else None
+    height = meta.base_height if stays is None else stays.ref.height - (stays.kind is Kind.UNDO)
+    if (stays is None and (walk or meta.journal_first_seq > 1)) or (stays and height < meta.archived_to - 1):
+        raise RewindTooDeep(
+            f"events from {event.resume_walk} on are void, but this shard cannot take them back: its journal begins "
+            f"with frame {meta.journal_first_seq}, blocks below {meta.archived_to} are archived",
+            way_out="begin a generation from a snapshot below: `stateferry generation new --height`",
+        )
     return frame.encode(
-        Header(
-            kind=Kind.EPOCH,
-            codec=Codec.NONE,
-            generation=meta.generation,
-            epoch=meta.epoch + 1,
-            writer=writer,
-            shard=meta.shard,
-            shards=meta.shards,
-            chain_id=meta.chain_id,
-            table_roots={},
+        replace(
+            _epoch_header(meta, writer),
+            required=Feature.TAKES_BACK,
+            seq=0 if stays is None else stays.seq,
+            walk=walk,
+            prev_frame_id=frame.NO_HASH if stays is None else stays.frame_id,
+            source_epoch=event.stamp.epoch,
+            source_writer=event.stamp.writer,
+            next_input_offset=reading.last + 1,
+            input_digest=reading.digest,
         ),
         b"",
     )

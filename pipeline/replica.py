@@ -3,7 +3,7 @@
 The rule, in the order in which it is asked, the same on every reader:
 
     damaged, another generation or shard, a writer not in force      -> Void: counted, passed by
-    an EPOCH with the number in force + 1                            -> Reign
+    an EPOCH with the number in force + 1                            -> Reign; it may take frames of a shard back
     a GENERATION with the number in force + 1                        -> Ended: this history is over
     in force, of a version or feature unknown here                   -> Unsupported: stop
     in force, undecodable                                            -> FrameCorrupt: quarantine
@@ -28,7 +28,7 @@ from pipeline import chunk, failpoints, frame, journal
 from pipeline.apply import Effect, apply_references, apply_whole
 from pipeline.codec import Codec
 from pipeline.diff import Diff, decode_reference_body, decode_whole_body, join_tables, split_tables
-from pipeline.errors import FrameCorrupt, LogLost, StoreCorrupt
+from pipeline.errors import FrameCorrupt, LogLost, SeqConflict, SeqGap, StoreCorrupt
 from pipeline.frame import Feature, Header, Kind
 from pipeline.generation import Generation, decode_end
 from pipeline.layers import Layers
@@ -126,6 +126,7 @@ class Replica:
         self._group: dict[int, Accepted] = {}  # not committed, by seq, ascending
         self._undo: dict[bytes, bytes | None] = {}  # of the group, all together
         self._group_is_dirty = False
+        self._left = False  # what comes up to the next EPOCH that takes back is void
 
     # Reading
 
@@ -137,6 +138,14 @@ class Replica:
     @property
     def group_length(self) -> int:
         return len(self._group)
+
+    @property
+    def written_seq(self) -> int:
+        return self._written.seq
+
+    def accepted(self, seq: int) -> Header:
+        """The header of a frame of the group."""
+        return self._steps[seq].header
 
     @property
     def held_chunk_bytes(self) -> int:
@@ -179,6 +188,8 @@ class Replica:
             return self._void("writer")
         self.forget_chunks()
         header = frame.peek(message)
+        if self._left:
+            return self._void("taken back")
         if not follows(header, meta):
             return Repeat(seq=header.seq)
         return Next(header=header, message=message)
@@ -205,6 +216,8 @@ class Replica:
                 self.accept(step, offset=offset, digest=frame.digest_of(record))
                 return Applied(step=step)
             case Reign(header=header):
+                if Feature.TAKES_BACK in header.required:
+                    self._go_back(header)
                 self.meta = self.meta.after_epoch(header, offset=offset, digest=frame.digest_of(record))
                 self._group_is_dirty = True
                 return judged
@@ -398,8 +411,43 @@ class Replica:
         self._group = {seq: replace(one, meta=begin(one.meta)) for seq, one in self._group.items()}
         return begin(meta)
 
-    def take_back(self) -> None:
-        """Undo the last frame because the log lost it: state and meta as before it, but the proof. Commits.
+    def leave(self, seq: int) -> None:
+        """Forget what was accepted and not written above a seq, and pass by all up to the EPOCH that takes it back: it
+        will come, as another shard, which goes on otherwise, shows."""
+        self._drop_above(seq)
+        self._left = True
+
+    def _drop_above(self, seq: int) -> None:
+        """Forget steps that were accepted and not written."""
+        assert self._written.seq <= seq, (self._written.seq, seq)
+        kept = {number: one for number, one in self._group.items() if number <= seq}
+        meta = list(kept.values())[-1].meta if kept else self._written
+        self.layers.revert(max(kept, default=0))
+        self._steps = {number: self._steps[number] for number in kept}
+        self._group, self._undo = kept, _joined(kept)
+        self.meta = replace(meta, epoch=self.meta.epoch, writer=self.meta.writer, archived_to=self.meta.archived_to)
+
+    def _go_back(self, header: Header) -> None:
+        """Take back every frame above an EPOCH's seq: from the group, or by the journal.
+
+        Raises SeqGap if that frame was not followed, SeqConflict if it was another one, StoreCorrupt if the journal
+        does not reach that far.
+        """
+        seq, meta = header.seq, self.meta
+        if seq > meta.seq:
+            raise SeqGap(f"epoch {header.epoch} goes back to frame {seq}, which is above the last one, {meta.seq}")
+        stays = meta.frame_id if seq == meta.seq else self._header(seq + 1).prev_frame_id
+        if stays != header.prev_frame_id:
+            raise SeqConflict(f"epoch {header.epoch} goes back to frame {seq}, but another one was applied there")
+        self._drop_above(max(seq, self._written.seq))
+        while self.meta.seq > seq:
+            self.take_back(is_lost=False)
+        self._left = False
+        self.meta = replace(self.meta, epoch=meta.epoch, writer=meta.writer)
+
+    def take_back(self, *, is_lost: bool = True) -> None:
+        """Undo the last frame: state and meta as before it, but the proof. Commits. ``is_lost``: the log lost it, or
+        it never took effect everywhere.
 
         Raises LogLost when the journal does not reach that far.
         """
@@ -421,7 +469,7 @@ class Replica:
             journal_first_seq=meta.journal_first_seq,
             journal_first_height=meta.journal_first_height,
             archived_to=meta.archived_to,
-            final_floor=meta.final_height,  # it never goes back, whatever the log lost
+            final_floor=meta.final_height if is_lost else meta.final_floor,  # it never goes back, whatever is lost
         )
         self.store.write(
             Batch(

@@ -52,6 +52,18 @@ EPOCH = Header(
     chain_id="main",
     table_roots={},
 )
+TAKES_BACK = replace(
+    EPOCH,
+    required=Feature.TAKES_BACK,
+    shards=2,
+    seq=7,
+    walk=9,
+    prev_frame_id=b"i" * 32,
+    source_epoch=2,
+    source_writer=b"s" * 16,
+    next_input_offset=77,
+    input_digest=b"d" * 32,
+)
 BODY = b"columns " * 40
 VECTORS = [
     (APPLY, BODY),
@@ -60,6 +72,7 @@ VECTORS = [
     (UNDO, b""),
     (replace(UNDO, required=Feature.SELF_CONTAINED), BODY),
     (EPOCH, b""),
+    (TAKES_BACK, b""),
     (replace(EPOCH, kind=Kind.GENERATION, epoch=0, writer=bytes(16)), b"opening"),
 ]
 
@@ -199,6 +212,9 @@ def test_undamaged_frame_that_cannot_be_is_corrupt(at: int, new: bytes, message:
         (UNDO, BODY),
         (replace(EPOCH, seq=1), b""),
         (replace(EPOCH, required=Feature.SELF_CONTAINED), b""),
+        (replace(TAKES_BACK, shards=1), b""),
+        (replace(TAKES_BACK, kind=Kind.GENERATION), b""),
+        (replace(APPLY, required=Feature.TAKES_BACK), BODY),
     ],
 )
 def test_the_same_is_checked_on_the_way_out(header: Header, body: bytes) -> None:

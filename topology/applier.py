@@ -22,7 +22,7 @@ def make_agent(shard_set: ShardSet) -> Any:
         async for event in stream.events():
             message = event.message
             try:
-                await shard_set.nodes[message.partition].on_blocks(message.offset, message.value)
+                await shard_set.on_blocks(message.partition, message.offset, message.value)
             except Exception as error:
                 shard_set.fail(error)
             if shard_set.stopping.is_set():

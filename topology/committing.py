@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from pipeline.block import BlockRef
+from pipeline.frame import Header
 from pipeline.replica import Step
 from topology import logs
 from topology.ending import Ending
@@ -46,17 +48,39 @@ class Committing:
 
     async def wait_for_others(self) -> None:
         """Until what this shard has and others lack is below the bound of a group."""
-        while self._ready_seq() < self._stored.replica.meta.seq and not self._ending.stopping.is_set():
+        replica = self._stored.replica
+        while (ready := self._ready_seq()) < replica.meta.seq and not self._ending.stopping.is_set():
             if self._is_full:
                 self.commit()
+            if self._is_full and self._is_left_behind(ready):
+                replica.leave(ready)
             if not self._is_full:
                 return
             self._others_moved.clear()
             await self._others_moved.wait()
 
     def _ready_seq(self) -> int:
-        """The seq up to which frames may be written."""
-        return min(one._stored.replica.meta.seq for one in self.kept_together or [self])
+        """The seq up to which frames may be written: all shards have them, and as one position."""
+        own = self._stored.replica
+        if not self.kept_together:
+            return own.meta.seq
+        replicas = [one._stored.replica for one in self.kept_together]
+        ready = min(replica.meta.seq for replica in replicas)
+        written = max(replica.written_seq for replica in replicas)
+        while ready > written and len({_stand(replica.accepted(ready)) for replica in replicas}) > 1:
+            ready -= 1  # one of them applied what another refused: it is taken back
+        return ready
+
+    def _is_left_behind(self, ready_seq: int) -> bool:
+        """Whether another shard went on from a frame of a later source: what this one has above is void."""
+        own, seq = self._stored.replica, ready_seq + 1
+        others = [one._stored.replica for one in self.kept_together]
+        return any(
+            other.meta.seq >= seq > other.written_seq
+            and own.meta.seq >= seq > own.written_seq
+            and other.accepted(seq).source_epoch > own.accepted(seq).source_epoch
+            for other in others
+        )
 
     @property
     def _is_full(self) -> bool:
@@ -91,6 +115,8 @@ class Committing:
     def commit(self) -> None:
         """Write what is ready."""
         stored = self._stored
+        seq = stored.replica.meta.seq
+        self._steps = [step for step in self._steps if step.header.seq <= seq]  # an EPOCH may have taken some back
         stored.committed = stored.replica.commit(self._ready_seq())
         count = sum(step.header.seq <= stored.committed.seq for step in self._steps)
         if count == 0:
@@ -116,3 +142,8 @@ class Committing:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
+
+
+def _stand(header: Header) -> tuple[int, int, BlockRef]:
+    """What two shards' frames of one seq have in common if they are of one position."""
+    return header.source_epoch, header.walk, header.ref

@@ -14,13 +14,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pipeline import failpoints
-from pipeline.block import Rewind
+from pipeline.block import Rewind, SourceEpoch
 from pipeline.codec import Codec
 from pipeline.errors import CorruptInput, Fenced, RewindTooDeep, StateferryError, Unsupported, WalkGap, WrongChain
 from pipeline.frame import Header
 from pipeline.generation import Generation
-from pipeline.inlet import EventReader, Stuck
-from pipeline.primary import Primary, epoch_frame
+from pipeline.inlet import EventReader, Stuck, takes_back
+from pipeline.position import Meta
+from pipeline.primary import Primary, Reading, epoch_frame, take_back_frame
 from pipeline.replica import Outcome, Replica
 from topology import log_check, logs
 from topology.data_dir import DataDir
@@ -104,9 +105,13 @@ class Lead:
 
     async def claim(self) -> None:
         """Append the own EPOCH; it is in force once it was read back as valid."""
+        writer = secrets.token_bytes(16)
+        await self._claim(writer, epoch_frame(self._replica.meta, writer))
+
+    async def _claim(self, writer: bytes, record: bytes) -> None:
         self.state = State.CLAIMING
-        self._writer = secrets.token_bytes(16)
-        await (await self._produce(epoch_frame(self._replica.meta, self._writer)))
+        self._writer = writer
+        await (await self._produce(record))
         failpoints.hit("propose.epoch")
 
     def meet_epoch(self, header: Header) -> None:
@@ -157,7 +162,7 @@ class Lead:
         primary = self.primary
         assert primary is not None, self.state
         if self._stuck is not None:
-            self._look_for_mend(primary, self._stuck, offset, record)
+            await self._look_for_mend(primary, self._stuck, offset, record)
             return
         ahead, event = primary.ahead, None
         source = (ahead.source_epoch, ahead.source_writer)
@@ -166,6 +171,9 @@ class Lead:
             if found is None:
                 return
             event, reading = found
+            if isinstance(event, SourceEpoch) and takes_back(event, ahead):
+                await self._take_back(primary, event, reading)
+                return
             if isinstance(event, Rewind):
                 while primary.is_sealing:
                     self._finished.clear()
@@ -177,7 +185,7 @@ class Lead:
             resume = f"publish again from there: `stateferry ingest ... --resume-from {ahead.walk + 1}`"
             error.way_out = f"{error.way_out}; or {resume}" if error.way_out else resume
             self._refuse(self._located(error, offset), offset, record)
-            self._stuck = Stuck(ahead.chain_id, ahead.generation, source, ahead.walk)
+            self._stuck = self._stuck_at(ahead)
             if event is not None:
                 self._stuck.mended_by(event)
         except StateferryError as error:
@@ -192,16 +200,49 @@ class Lead:
         )
         log.error("event_refused", error=error.name, message=str(error), kept_in=str(aside))
 
-    def _look_for_mend(self, primary: Primary, stuck: Stuck, offset: int, record: bytes) -> None:
+    @property
+    def passes_by(self) -> bool:
+        """Whether all events are void up to one that mends."""
+        return self._stuck is not None
+
+    def pass_by(self) -> None:
+        """A source has said again what comes next: nothing of it is applied, up to where it did."""
+        assert self.primary is not None, self.state
+        self._stuck = self._stuck_at(self.primary.ahead)
+
+    @staticmethod
+    def _stuck_at(ahead: Meta) -> Stuck:
+        return Stuck(ahead.chain_id, ahead.generation, (ahead.source_epoch, ahead.source_writer), ahead.walk)
+
+    async def _look_for_mend(self, primary: Primary, stuck: Stuck, offset: int, record: bytes) -> None:
         """One record behind a refused one."""
         try:
             found = self._reader.feed(record, offset, stuck.source)
         except (CorruptInput, Unsupported):
             return
         if found is not None and stuck.mended_by(found[0]):
-            primary.take_over(stuck.source)
-            self._stuck, self.refused = None, None
+            event, reading = found
+            if isinstance(event, SourceEpoch) and takes_back(event, primary.ahead):
+                await self._take_back(primary, event, reading)
+            else:
+                primary.take_over(stuck.source)
+                self._stuck, self.refused = None, None
             log.warning("event_mended", offset=offset, source_epoch=stuck.source[0])
+
+    async def _take_back(self, primary: Primary, event: SourceEpoch, reading: Reading) -> None:
+        """Another shard refused what this one applied: end the reign with an EPOCH that takes it back, and lead on from
+        there. If another's EPOCH comes first, whoever leads next meets the event again. Raises RewindTooDeep."""
+        reader, replica = self._reader, self._replica
+        while primary.in_flight and self.primary is primary:
+            self._room.clear()
+            await self._room.wait()
+        while self._reader is reader and replica.meta.source_epoch < event.stamp.epoch:
+            writer = secrets.token_bytes(16)
+            record = take_back_frame(replica, writer, event, reading)
+            self.give_up()
+            log.warning("events_taken_back", from_walk=event.resume_walk, to_walk=replica.meta.walk)
+            await self._claim(writer, record)
+            await self._leading.wait()
 
     async def finish(self) -> list[Awaitable[Any]]:
         """The frame begun first, once it is sealed, produced. Returns what is done once it is durable."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pipeline.block import SourceEpoch
 from pipeline.errors import EventCorrupt, LogLost, OffsetOutOfRange, WalkInvalid
 from pipeline.frame import NO_HASH, digest_of
 from pipeline.generation import Generation
-from pipeline.inlet import NO_SOURCE, EventReader, SourcePosition
+from pipeline.inlet import NO_SOURCE, EventReader, Source, SourcePosition, source_after
 from pipeline.position import LogMark, Meta
 from pipeline.primary import check_repeat
 from pipeline.replica import Replica
@@ -128,6 +129,46 @@ async def _stood_at(broker: Broker, generation: Generation, shard: int, offset: 
         return 0
     before = await broker.read(generation.events_topic, shard, offset - 1, bytes_max=1)
     return stood_at(before[0].value)
+
+
+class MendSearch:
+    """Looks ahead on a shard's events, without taking any in, for those that say again what stands before them.
+
+    * Reads every record once, some at a time. Holds two numbers for each that it found and that is still ahead.
+    """
+
+    def __init__(self, broker: Broker, generation: Generation, shard: int, offset: int, source: Source) -> None:
+        """``offset``: where it begins. ``source``: in force there."""
+        self._broker = broker
+        self._generation = generation
+        self._shard = shard
+        self._next = offset
+        self._source = source
+        self._reader = _reader(generation, shard, links=False, with_ops=False)
+        self._found: list[tuple[int, int]] = []  # offset, and the walk number from which it says all again
+
+    async def look(self) -> None:
+        """At some records more, if there are."""
+        topic, generation = self._generation.events_topic, self._generation.generation
+        _, end = await self._broker.bounds(topic, self._shard)
+        if self._next >= end:
+            return
+        for record in await self._broker.read(topic, self._shard, self._next, bytes_max=topics.READ_BYTES_MAX):
+            self._next = record.offset + 1
+            try:
+                found = self._reader.feed(record.value, record.offset, self._source)
+            except EventCorrupt:
+                continue
+            if found is None or not isinstance(event := found[0], SourceEpoch):
+                continue
+            before, self._source = self._source, source_after(event, generation, self._source)
+            if self._source != before and event.voids and event.stamp.chain_id == self._generation.chain_id:
+                self._found.append((record.offset, event.resume_walk))
+
+    def is_void(self, offset: int, walk: int) -> bool:
+        """Whether the event at an offset is known to be void, where ``walk`` is the last number that was applied."""
+        self._found = [(at, resume_walk) for at, resume_walk in self._found if at > offset]
+        return any(resume_walk <= walk + 1 for _, resume_walk in self._found)
 
 
 def _reader(

@@ -37,6 +37,7 @@ EVENTS: Final[dict[str, str]] = {
     "archive_not_squashed": "shard, error, message",
     "archive_gap_left": "first_height, last_height",  # neither archived nor in this node's journal
     "topics_trimmed": "height, records",
+    "topics_not_trimmed": "error, message",  # it is tried again
     "lease_not_held": "kind, chain, message",  # what is read or put is not kept from sweeps
     "object_swept": "object, bytes, why",
     "restore_planned_again": "height, manifest",  # what it was to fetch was swept
@@ -45,6 +46,7 @@ EVENTS: Final[dict[str, str]] = {
     "generation_ended": "generation, successor",
     "event_refused": "error, message, kept_in",
     "event_mended": "offset, source_epoch",
+    "events_taken_back": "from_walk, to_walk",  # void, because another shard refused the first of them
     "store_rejoined": "height, left_height, why",  # restored: what it lacked of the topics is deleted
     "generation_renewed": "left, generation, height, left_height, kept_in",
     "node_quarantined": "error, evidence",

@@ -21,6 +21,7 @@ from pipeline.replica import Step
 from pipeline.shards import join_metas, stand_together
 from pipeline.verify import Proof
 from topology import floors, logs, prefetching
+from topology.abreast import Abreast
 from topology.anchors import Anchoring
 from topology.archiving import Archiving
 from topology.building import held_meta
@@ -65,6 +66,7 @@ class ShardSet:
         self.generation: Generation = openings[0][0].generation
         self.splitting: Splitting | None = None
         self.anchoring: Anchoring | None = None
+        self._abreast: Abreast | None = None
         self.archiving: list[Archiving] = []  # of a primary, by shard
         self._restoring: dict[int, tuple[Restoring, asyncio.Task[None]]] = {}
         self._proofs: dict[int, asyncio.Task[None]] = {}
@@ -91,6 +93,7 @@ class ShardSet:
                 committing.kept_together = together
         if self.shards > 1 and role is Role.PRIMARY:
             self.anchoring = Anchoring(broker, self.generation)
+            self._abreast = Abreast(self.nodes, broker, self.generation, self.anchoring)
 
     @property
     def shards(self) -> int:
@@ -126,6 +129,15 @@ class ShardSet:
             node.data_dir.path / prefetching.FOLDER,
             prefetching.memory_share_bytes() if above_bytes is None else above_bytes,
         )
+
+    async def on_blocks(self, shard: int, offset: int, record: bytes) -> None:
+        """One record of the events of a shard, in order."""
+        node = self.nodes[shard]
+        session = node.session
+        if self._abreast is not None:
+            await self._abreast.wait(node, offset)
+        if session == node.session:
+            await node.on_blocks(offset, record)
 
     def event_comes(self, shard: int, record: bytes) -> None:
         """A record of events waits for the applier."""
@@ -253,11 +265,12 @@ class ShardSet:
         owned = self.owned
         return bool(owned) and all(node.has_arrived for node in owned)
 
-    @property
-    def refused(self) -> StateferryError | None:
+    async def refused(self) -> StateferryError | None:
         """Why a shard takes no event in, though it has read all there was."""
         for node in self.owned:
             if node.lead is not None and node.lead.refused is not None and node.has_consumed_all:
+                if self.shards > 1 and not (await self._has_split_all() and node.has_consumed_all):
+                    continue  # what mends it may be on its way
                 return node.lead.refused
         return None
 
@@ -268,19 +281,19 @@ class ShardSet:
             return False
         if any(now_s - node.last_progress_s < quiet_s for node in owned) or any(one.is_due for one in self.archiving):
             return False
-        if self.shards == 1:
-            return True
+        return self.shards == 1 or (await self._has_split_all() and all(node.has_consumed_all for node in owned))
+
+    async def _has_split_all(self) -> bool:
+        """Whether the splitter, if it is here, has passed on all there is. What it and the primaries of other workers
+        wrote meanwhile counts from now on: every node has looked again where its topics end."""
         splits = self.splitting is not None and self.splitting.is_running
         if self.splitting is not None and splits:
             _, end = await self.broker.bounds(self.generation.blocks_topic, 0)
             if self.splitting.next_blocks < end or not self.splitting.has_sent_all:
                 return False
-        # What the splitter and the primaries of other workers wrote meanwhile counts too: all of it is there by now.
-        for node in owned:
+        for node in self.owned:
             await node.look_at_ends()
-        if not all(node.has_consumed_all for node in owned):
-            return False
-        return splits or self.role is Role.REPLICA or len(owned) < self.shards
+        return splits or self.role is Role.REPLICA or len(self.owned) < self.shards
 
     # Being asked
 

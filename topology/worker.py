@@ -56,6 +56,7 @@ from topology.snapshotting import Snapshotting
 from topology.transports.base import Broker
 from topology.transports.factory import open_broker
 from topology.transports.kafka_security import security_of
+from topology.trimming import Trimming
 
 log = logs.get()
 
@@ -200,7 +201,8 @@ async def _run(shard_set: ShardSet, until: Until, on_open: Callable[[ShardSet], 
     application = Application(shard_set)
     tasks: list[asyncio.Task[None]] = []
     snapshotting = Snapshotting(shard_set)
-    control = ControlServer(data_dir.socket_path, lambda request: _answer(shard_set, snapshotting, request))
+    trimming = Trimming(shard_set)
+    control = ControlServer(data_dir.socket_path, lambda request: _answer(shard_set, snapshotting, trimming, request))
     try:
         shard_set.open(application.produce, application.split)
         await control.start()
@@ -209,6 +211,7 @@ async def _run(shard_set: ShardSet, until: Until, on_open: Callable[[ShardSet], 
         if shard_set.role is Role.PRIMARY:
             jobs += (archiving.run() for archiving in shard_set.archiving)
             jobs.append(squashing.run(shard_set.nodes, shard_set.settings.objects_url, shard_set.stopping))
+            jobs.append(trimming.run())
         if shard_set.anchoring is not None:
             jobs.append(shard_set.anchoring.run())
         if on_open is not None:
@@ -239,7 +242,7 @@ async def _watch(shard_set: ShardSet, until: Until) -> None:
     """End the worker when it got where it was to go."""
     while not shard_set.stopping.is_set():
         await asyncio.sleep(0.05)
-        if until != Until() and (refused := shard_set.refused) is not None:
+        if until != Until() and (refused := await shard_set.refused()) is not None:
             shard_set.fail(refused)  # without an end to reach it waits for a source that mends
         if shard_set.has_arrived or (until.idle and await shard_set.is_idle(IDLE_S, time.monotonic())):
             shard_set.stopping.set()
@@ -256,14 +259,17 @@ async def _prove(node: Node) -> None:
     log.warning("state_proven", height=proof.at.height if proof.at else -1, keys=audited.keys, seconds=seconds)
 
 
-async def _answer(shard_set: ShardSet, snapshotting: Snapshotting, request: dict[str, Any]) -> Any:
+async def _answer(shard_set: ShardSet, snapshotting: Snapshotting, trimming: Trimming, request: dict[str, Any]) -> Any:
     """One request on the control socket."""
     what = request["what"]
     match what:
         case "alive":
             return {"role": shard_set.role.value}
         case "status":
-            return await answers.status(shard_set) | {"snapshotting": snapshotting.status}
+            return await answers.status(shard_set) | {
+                "snapshotting": snapshotting.status,
+                "trimming": trimming.status,
+            }
         case "get":
             return _get(shard_set, request)
         case "copy":

@@ -140,7 +140,7 @@ async def _last_epoch(broker: Broker, ended: Generation, resume: Meta) -> Meta |
     async for record in topics.records(broker, ended.diffs_topic, meta.diffs.next_offset, partition=shard):
         header = reign(record.value, meta)
         if header is not None:
-            meta = meta.after_epoch(header, offset=record.offset, digest=b"")
+            meta = replace(meta, epoch=header.epoch, writer=header.writer)
     return meta
 
 
