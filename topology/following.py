@@ -124,6 +124,6 @@ class Following:
             topic=self._generation.diffs_topic,
             offset=offset,
             seq=stored.replica.meta.seq,
-            **stored.where,
+            **stored.where(),
         )
         log.error("node_quarantined", error=error.name, evidence=str(folder))

@@ -64,7 +64,7 @@ class ShardStore:
             "node_opened",
             role=self._role.value,
             proof="proven" if self.proof.proven else "claimed",
-            **self.where,
+            **self.where(),
         )
 
     def _load(self) -> None:
@@ -129,7 +129,6 @@ class ShardStore:
             ending.add(error)  # a store whose disk is full can be neither flushed nor closed
         log.info("node_closed", height=self.replica.meta.tip.height, seq=self.replica.meta.seq)
 
-    @property
     def where(self) -> dict[str, Any]:
         """For logs and evidence: the position of all that was accepted."""
         tip = self.replica.meta.tip

@@ -9,8 +9,8 @@ from pathlib import Path
 from pipeline import frame
 from pipeline.archive import MAGIC as SEGMENT_MAGIC
 from pipeline.archive import Segment
+from pipeline.archive_names import RangeName
 from pipeline.errors import CorruptInput, UsageError
-from pipeline.range_names import RangeName
 from pipeline.range_pieces import MAGIC as PIECE_MAGIC
 from pipeline.range_pieces import Piece
 from pipeline.ranges import RangeDiff
