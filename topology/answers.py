@@ -80,6 +80,7 @@ async def _shard(shard_set: ShardSet, node: Node) -> dict[str, Any]:
             "refused": None if node.lead is None or node.lead.refused is None else str(node.lead.refused),
             "archive_trouble": None if trouble is None else str(trouble),
             "frames_in_flight": node.in_flight,
+            "prefetching": shard_set.prefetching[node.shard].status if shard_set.prefetching else None,
             "buffers": {name: held._asdict() for name, held in buffers.held_by(node).items()},
         }
         | await behind(node.broker, stands, node.settings.topic_prefix)

@@ -26,6 +26,7 @@ EVENTS: Final[dict[str, str]] = {
     "shard_restored": "shard, height, seconds",  # beside the others, from the object store
     "shard_not_restored": "shard, error, message",  # its frames are followed instead
     "prefetch_started": "bytes, processes",  # the state has outgrown memory
+    "prefetch_ended": "keys_read, missed",
     "epoch_claimed": "epoch, writer",
     "epoch_lost": "epoch, writer",  # of who won
     "group_committed": "height, seq, blocks, changes, bytes",

@@ -4,12 +4,14 @@ A state that memory does not hold is read from the disk key by key, one after an
 some 10 us for all else that a change takes. These processes get every event as it comes in, up to 32 before it is
 applied, and look up the keys that it deletes or puts, each process another event, on a copy of the store by hard links.
 What they find they forget: the pages are in the system's cache then, which is all that matters. They decide nothing:
-an event that they miss, or a process that is gone, makes the primary slower and no more.
+an event that they miss, or a process that is gone, makes the primary slower and no more. What is missed is counted, by
+its cause.
 """
 
 from __future__ import annotations
 
 import ctypes
+import enum
 import multiprocessing
 import os
 import queue
@@ -17,11 +19,10 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline import chunk
 from pipeline.block import Connect, Op, decode_event
@@ -48,6 +49,14 @@ def memory_share_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
+class _Count(enum.IntEnum):
+    """What each process counts, in memory that it shares."""
+
+    KEYS_READ = 0
+    BAD_EVENTS = 1  # that it could not read
+    BAD_READS = 2  # copies that it could not open, or keys that it could not look up
+
+
 class _Reader(NamedTuple):
     process: BaseProcess
     events: Connection
@@ -67,9 +76,11 @@ class Prefetcher:
         self._waiting: queue.SimpleQueue[bytes | Path | None] = queue.SimpleQueue()
         self._waiting_bytes = 0
         self._counting = threading.Lock()  # of those bytes, by both threads
+        self._no_room = 0
+        self._no_process = 0
         shutil.rmtree(folder, ignore_errors=True)
         context = multiprocessing.get_context("spawn")
-        self._counts = context.RawArray(ctypes.c_uint64, processes)
+        self._counts = context.RawArray(ctypes.c_uint64, processes * len(_Count))
         self._readers: list[_Reader] = []
         for number in range(processes):
             its_events, events = context.Pipe(duplex=False)
@@ -84,11 +95,26 @@ class Prefetcher:
     @property
     def keys_read(self) -> int:
         """By all processes."""
-        return sum(self._counts)
+        return self._counted(_Count.KEYS_READ)
+
+    @property
+    def missed(self) -> dict[str, int]:
+        """What was not read ahead, by its cause."""
+        found = {
+            "no room": self._no_room,
+            "process gone": self._no_process,
+            "bad event": self._counted(_Count.BAD_EVENTS),
+            "bad read": self._counted(_Count.BAD_READS),
+        }
+        return {cause: count for cause, count in found.items() if count}
+
+    def _counted(self, what: _Count) -> int:
+        return sum(self._counts[what :: len(_Count)])
 
     def submit(self, record: bytes) -> None:
         """One record of the events that come next."""
         if self._waiting_bytes + len(record) > WAITING_BYTES_MAX:
+            self._no_room += 1
             return
         self._submitted += 1
         if self._submitted % _REFRESH_EVENTS == 0:
@@ -122,8 +148,10 @@ class Prefetcher:
 
     def _tell(self, readers: list[_Reader], what: bytes | str) -> None:
         for reader in readers:
-            with suppress(OSError):  # it is gone: its events are not read ahead
+            try:
                 reader.events.send(what)
+            except OSError:  # its events are not read ahead
+                self._no_process += 1
 
     def close(self) -> None:
         """Idempotent."""
@@ -168,8 +196,15 @@ class Prefetching:
         if self._prefetcher is not None:
             self._prefetcher.submit(record)
 
+    @property
+    def status(self) -> dict[str, Any] | None:
+        """None while memory holds the store."""
+        one = self._prefetcher
+        return None if one is None else {"keys_read": one.keys_read, "missed": one.missed}
+
     def close(self) -> None:
         if self._prefetcher is not None:
+            log.info("prefetch_ended", keys_read=self._prefetcher.keys_read, missed=self._prefetcher.missed)
             self._prefetcher.close()
             self._prefetcher = None
 
@@ -181,34 +216,42 @@ def _read_ahead(events: Connection, counts: ctypes.Array[ctypes.c_uint64], numbe
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the worker's business
     store: RocksStore | None = None
     assembler = chunk.Assembler()
+    first = number * len(_Count)
     while True:
         try:
             item: bytes | str = events.recv()
         except (EOFError, OSError):
             return  # the worker is gone
+        wanted: list[bytes] = []
+        if isinstance(item, bytes):
+            try:
+                message = assembler.feed(chunk.decode_chunk(item)) if chunk.is_chunk(item) else item
+                wanted = [] if message is None else _looked_up(message)
+            except Exception:
+                counts[first + _Count.BAD_EVENTS] += 1
         try:
             if isinstance(item, str):
                 if store is not None:
                     store.close()
                 store = None
                 store = RocksStore(Path(item), read_only=True)
-            elif store is not None:
-                message = assembler.feed(chunk.decode_chunk(item)) if chunk.is_chunk(item) else item
-                if message is not None:
-                    counts[number] += _touch(store, message)
+            elif store is None:
+                counts[first + _Count.BAD_READS] += 1
+            else:
+                store.get(wanted)
+                counts[first + _Count.KEYS_READ] += len(wanted)
         except Exception:
-            continue
+            counts[first + _Count.BAD_READS] += 1
 
 
-def _touch(store: RocksStore, message: bytes) -> int:
+def _looked_up(message: bytes) -> list[bytes]:
+    """The storage keys whose values an event wants. Raises EventCorrupt, Unsupported."""
     event = decode_event(message)
     if not isinstance(event, Connect):
-        return 0
-    count = 0
+        return []
+    storage_keys: list[bytes] = []
     for name, ops in event.block.tables.items():
         # What is created is not there, which the filters in memory know.
         keys = [key for key, code in zip(ops.keys, ops.codes, strict=True) if code != Op.CREATE]
-        storage_keys = SCHEMAS_BY_NAME[name].storage_keys(sorted(keys))
-        store.get(storage_keys)
-        count += len(storage_keys)
-    return count
+        storage_keys += SCHEMAS_BY_NAME[name].storage_keys(sorted(keys))
+    return storage_keys

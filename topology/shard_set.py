@@ -73,7 +73,7 @@ class ShardSet:
         self._proving: Callable[[Node], Awaitable[None]] | None = None
         # Shards are for workers that each fill a core; one shard alone would leave the others idle.
         self._sealing = Sealing(beside=len(openings) == 1 and (os.cpu_count() or 1) > 1)
-        self._prefetching: list[Prefetching] = []  # of a primary, by shard
+        self.prefetching: list[Prefetching] = []  # of a primary, by shard
         self.nodes = [
             Node(
                 settings=settings,
@@ -114,7 +114,7 @@ class ShardSet:
         for node in self.nodes:
             node.open(produce(node.shard), self._sealing)
         if self.role is Role.PRIMARY:
-            self._prefetching = [self._prefetching_of(node) for node in self.nodes]
+            self.prefetching = [self._prefetching_of(node) for node in self.nodes]
             self.archiving = [Archiving(node) for node in self.nodes]
         if self.anchoring is not None:
             self.splitting = Splitting(broker=self.broker, generation=self.generation, produce=split)
@@ -143,7 +143,7 @@ class ShardSet:
         """A record of events waits for the applier."""
         node = self.nodes[shard]
         if node.is_owned and not node.is_restoring:
-            self._prefetching[shard].comes(record)
+            self.prefetching[shard].comes(record)
 
     def _anchor(self, node: Node, anchoring: Anchoring) -> Callable[[list[Step]], None]:
         def say(steps: list[Step]) -> None:
@@ -158,7 +158,7 @@ class ShardSet:
 
     def close(self) -> None:
         self._sealing.close()
-        for one in self._prefetching:
+        for one in self.prefetching:
             one.close()
         for node in self.nodes:
             node.close()

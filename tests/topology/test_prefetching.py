@@ -66,21 +66,25 @@ def test_chunks_of_an_event_meet_in_one_process(prefetcher: Prefetcher) -> None:
     wait_until(lambda: prefetcher.keys_read == 3 * 40)
 
 
-def test_what_is_no_event_is_passed_by(prefetcher: Prefetcher) -> None:
+def test_what_is_no_event_is_passed_by_and_counted(prefetcher: Prefetcher) -> None:
     first, second, third = (loads.event_of(block, walk) for walk, block in enumerate(made(3), 1))
     for record in (first, b"", b"SFck and no chunk", second[:-9], os.urandom(500), second, third):
         prefetcher.submit(record)
 
     wait_until(lambda: prefetcher.keys_read == 2 * 40)
+    assert prefetcher.missed == {"bad event": 4}
 
 
 def test_a_process_that_was_killed_is_not_missed(prefetcher: Prefetcher) -> None:
-    """Its events are not read ahead; those of the other are."""
-    os.kill(spawned(os.getpid())[0], signal.SIGKILL)
+    """Its events are not read ahead, and counted; those of the other are."""
+    killed, _ = spawned(os.getpid())
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: killed not in spawned(os.getpid()))
     for walk, block in enumerate(made(9), 1):
         prefetcher.submit(loads.event_of(block, walk))
 
     wait_until(lambda: prefetcher.keys_read >= 3 * 40)
+    assert prefetcher.missed.keys() == {"process gone"}
 
 
 def test_a_worker_that_reads_ahead(tmp_path: Path) -> None:
@@ -95,7 +99,10 @@ def test_a_worker_that_reads_ahead(tmp_path: Path) -> None:
         site.here("ingest", "synthetic", "--from-height", 4, "--blocks", 5, "--changes", 90, node="source").ok()
         site.wait_for("p", primary, height=9)
         primary.terminate()
-        assert "prefetch_started" in finish(primary).stderr
+        said = finish(primary).stderr
+        assert "prefetch_started" in said
+        (ended,) = [line for line in said.splitlines() if "prefetch_ended" in line]
+        assert "process gone" in ended
 
     assert not (site.dir("p") / FOLDER).exists()
     site.follow_both()
