@@ -11,8 +11,8 @@ It is a canonical document (`pipeline.canonical`) with these fields:
     lasts_s     how long from its beginning it may last in all; 0: as long as it is renewed
     names       objects that it is about; a name that ends in / stands for all below it
 
-An **intent** is a publisher's, about what it puts; a **pin** a restore's, about what it reads; a **mark** a sweep's,
-about what it is going to delete.
+An **intent** is a publisher's, about what it puts, and a squasher's, about what it reads too; a **pin** a restore's,
+about what it reads; a **mark** a sweep's, about what it is going to delete.
 
 Clocks may differ, and go back. So a lease is dead only for who saw the same object twice, a grace apart by a clock that
 never goes back, and finds it expired by then: a living holder has renewed it in between, whatever its clock says.

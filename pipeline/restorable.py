@@ -50,10 +50,12 @@ def restorable(
     *,
     everything: bool,
     from_empty: bool,
+    has_expired: bool = False,
 ) -> Restorable:
     """One generation, by its snapshots that are kept and by what is archived of it. ``everything``: no rule is set, so
     that whatever the object store has is promised, from its first height on. ``from_empty``: the archive begins with
-    the chain's first block."""
+    the chain's first block. ``has_expired``: without a window only the heights of snapshots that are kept are promised.
+    """
     kept = [one for one in verdicts if one.keeps and one.snapshot.name.generation == generation]
     whole = sorted(
         one.snapshot.name.height for one in kept if one.snapshot.manifest is not None and not one.snapshot.lacks
@@ -61,7 +63,9 @@ def restorable(
     starts: list[tuple[int, int | None]] = [(height, height) for height in whole]
     hops: list[Hop] = [*segments, *ranges]
     firsts = [hop.name.first for hop in hops]
-    if firsts and from_empty:
+    window = None if everything else window_start(kept, generation)
+    has_window = window is not None or not has_expired
+    if firsts and from_empty and has_window:
         starts.insert(0, (min(firsts) - 1, None))
     if not starts:
         return Restorable(generation, None, None, [], [])
@@ -77,11 +81,12 @@ def restorable(
         for first, last in _meet(led):
             if start is not None or last > at:
                 spans.append(Span(max(first, at if start is not None else at + 1), last, start))
-    window = None if everything else window_start(kept, generation)
+    points = [(height, height) for height in (one.snapshot.name.height for one in kept)]
+    if not has_window:
+        return Restorable(generation, None, None, _first_ways(spans), sorted(set(_holes(spans, points))))
     first = min(at if start is not None else at + 1 for at, start in starts) if window is None else window
     last = max(min(ends), *whole) if whole else min(ends)
-    wanted = [(first, last), *((height, height) for height in (one.snapshot.name.height for one in kept))]
-    return Restorable(generation, first, last, _first_ways(spans), sorted(set(_holes(spans, wanted))))
+    return Restorable(generation, first, last, _first_ways(spans), sorted(set(_holes(spans, [(first, last), *points]))))
 
 
 def _led_to(ways: Ways, start: int) -> list[tuple[int, int]]:

@@ -6,19 +6,27 @@ import itertools
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipeline.archive_names import PieceName, RangeName, RangeObject, SegmentName, parse_segment_name
+from pipeline.archive_names import (
+    PieceName,
+    RangeName,
+    RangeObject,
+    SegmentName,
+    parse_segment_name,
+    ranges_prefix,
+)
 from pipeline.errors import LeaseCorrupt, NotFound
 from pipeline.leases import Kind, Lease, LeaseName, Names, dead, decode_lease, encode_lease, parse_lease_name
 from pipeline.objects import LocalObjects, MemoryObjects, ObjectInfo, ObjectStore, open_objects
 from pipeline.plans import SegmentObject
 from pipeline.restorable import Hole, Span, restorable
-from pipeline.retention import Rules, Snapshot, doomed, judge, window_start
+from pipeline.retention import Rules, Snapshot, doomed, expired, judge, window_start
 from pipeline.routes import History
-from pipeline.snapshot import Manifest, ManifestName
+from pipeline.snapshot import Manifest, ManifestName, encode_manifest
 from tests.ferries import Ferry, Killed, make_ferry
 from tests.topology.commands import here
 from tests.turns import Turns, copy_objects
@@ -104,6 +112,92 @@ def test_what_cannot_be_read_stays(ferry: Ferry) -> None:
 
     assert keeps == {5: True, 6: True, 7: False}
     assert window_start(judge([unread, whole], Rules(last=1), 0), b"g" * 16) == 6
+
+
+def of_generation(manifest: Manifest, number: int, seq: int) -> Manifest:
+    (resume,) = manifest.resumes
+    return replace(manifest, resumes=(replace(resume, generation_number=number, seq=seq),))
+
+
+@pytest.mark.parametrize(
+    ("rules", "new_seq", "new_archived", "kept_of_old"),
+    [
+        (Rules(), 5, True, [10, 50, 90]),  # no rule, and all stays
+        (Rules(ended_days=1), 5, True, [10, 50, 90]),  # which is no rule
+        (Rules(last=1), 5, True, [10, 90]),  # 20 days are not enough
+        (Rules(last=1, ended_days=19), 5, True, []),
+        (Rules(last=1, ended_days=19), 0, True, []),
+        (Rules(last=1, ended_days=19), 0, False, [10, 90]),  # a base state alone may have been given up
+        (Rules(last=1, ended_days=19, heights=frozenset({50})), 5, False, [50]),
+        (Rules(last=1, ended_days=19, days=22), 5, False, [90]),
+    ],
+)
+def test_a_generation_that_ended(
+    ferry: Ferry, rules: Rules, new_seq: int, new_archived: bool, kept_of_old: list[int]
+) -> None:
+    """Its newest snapshot and its base state stay for so many days after another one went on; then what is archived of
+    it may go as well. The newer one is kept as ever."""
+    old, new = (ManifestName("walk", bytes([number]) * 16, 0, b"r" * 8) for number in (1, 2))
+    snapshots = [
+        Snapshot(old._replace(height=height), NOW_S - age * DAY_S, of_generation(ferry.manifests[0], 1, seq))
+        for height, age, seq in ((10, 60, 0), (50, 50, 60), (90, 21, 100))
+    ] + [Snapshot(new._replace(height=90), NOW_S - 20 * DAY_S, of_generation(ferry.manifests[0], 2, new_seq))]
+    archived = {old.generation: 1} | ({new.generation: 2} if new_archived else {})
+    gone = expired(snapshots, archived, rules, NOW_S)
+    verdicts = judge(snapshots, rules, NOW_S, gone)
+    infos = [ObjectInfo(str(SegmentName("walk", old.generation, 0, first, first + 63)), 10) for first in (0, 64)]
+    swept = {one.name for one in doomed(infos, verdicts, Names(), archive=True, gone=gone)} & {
+        one.name for one in infos
+    }
+    history = History(1, 1)
+    hops = [SegmentObject(SegmentName("walk", old.generation, 0, 0, 127), 9)]
+    promise = restorable(
+        old.generation,
+        verdicts,
+        hops,
+        [],
+        history,
+        everything=not rules.are_set,
+        from_empty=True,
+        has_expired=old.generation in gone,
+    )
+
+    assert [one.snapshot.name.height for one in verdicts if one.keeps] == [*kept_of_old, 90]
+    assert (len(swept) == 2) is (kept_of_old in ([], [50]))
+    assert (promise.first is None) is (kept_of_old in ([], [50]))
+    assert promise.holes == []
+
+
+def test_generations_told_by_what_is_archived(objects: LocalObjects, ferry: Ferry) -> None:
+    """An ended generation without any snapshot is known by its segments; without a newer one it has not ended."""
+    for manifest in ferry.manifests:
+        objects.delete(manifest.name)
+    rules, clock = Rules(last=1), timeless(time.time() + 40 * DAY_S)
+    assert look(objects, "walk", rules, archive=True, clock=clock).expired == frozenset()
+    (resume,) = ferry.manifests[0].resumes
+    newer = replace(resume, generation=b"n" * 16, generation_number=2)
+    one = replace(ferry.manifests[0], resumes=(newer,))
+    for part in one.parts:
+        objects.put_new(one.part_name(part), b"?")
+    objects.put_new(one.name, encode_manifest(one))
+    seen = look(objects, "walk", rules, archive=True, clock=clock)
+
+    assert seen.expired == {GENERATION.generation}
+    gone = {one.name for one in seen.doomed}
+    assert gone >= {name for name in names(objects) if name.endswith(".seg")}
+    assert gone.isdisjoint({one.name, *map(one.part_name, one.parts)})
+
+
+def test_pieces_that_nobody_finished(ferry: Ferry) -> None:
+    """Go, unless a lease names them; whole ones stay, also beside others of the same heights."""
+    first, second = (RangeName("walk", b"g" * 16, 0, first, first + 63) for first in (0, 64))
+    whole = [*map(str, first.pieces(2)), *map(str, second.pieces(1))]
+    half = [str(first.pieces(3)[0]), str(first.pieces(3)[2]), str(second.pieces(2)[1])]
+    infos = [ObjectInfo(name, 10) for name in (*whole, *half)]
+
+    assert {one.name for one in doomed(infos, [], Names())} == set(half)
+    assert {one.name for one in doomed(infos, [], Names(half[:1]))} == set(half[1:])
+    assert doomed(infos, [], Names([ranges_prefix("walk", b"g" * 16, 0)])) == []
 
 
 # Leases

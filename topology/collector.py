@@ -10,16 +10,19 @@ Killed anywhere it leaves a mark, which the next one removes once it is dead, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
-from pipeline.errors import ManifestCorrupt, NotFound, Unsupported
+from pipeline.archive_names import parse_segment_name
+from pipeline.errors import ManifestCorrupt, NotFound, SegmentCorrupt, Unsupported
 from pipeline.leases import GRACE_S, LEASE_S, Kind, Lease, LeaseName, Names, dead, parse_lease_name
 from pipeline.objects import LocalObjects, ObjectInfo, ObjectStore
 from pipeline.objects.local import Draft
 from pipeline.plans import check_one_chain
-from pipeline.retention import Doomed, Rules, Snapshot, Verdict, doomed, judge
+from pipeline.retention import Doomed, Rules, Snapshot, Verdict, doomed, expired, judge
+from pipeline.segment_index import SegmentIndex
 from pipeline.snapshot import Manifest, parse_manifest_name
 from topology import logs
 from topology.holding import CLOCK, Clock, Holding, read_leases
@@ -44,6 +47,7 @@ class Look:
     held: Sequence[LeaseName]
     dead: Sequence[LeaseName]
     drafts: Sequence[Draft]
+    expired: Collection[bytes]  # generations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +83,9 @@ def look(
     as dead. Raises LeaseCorrupt and what the store raises."""
     infos = list(objects.list(f"{chain_id}/"))
     names = {info.name for info in infos}
-    verdicts = judge(_snapshots(objects, infos, names), rules, clock.now_s())
+    snapshots = _snapshots(objects, infos, names)
+    expired_now = expired(snapshots, _archived(objects, infos, snapshots), rules, clock.now_s())
+    verdicts = judge(snapshots, rules, clock.now_s(), expired_now)
     leases = [lease for info in infos if (lease := parse_lease_name(info.name)) is not None]
     seen = leases if before is None else [*before.held, *before.dead]
     gone = dead(leases, seen, clock.now_s())
@@ -92,10 +98,11 @@ def look(
         chain_id=chain_id,
         infos=infos,
         verdicts=verdicts,
-        doomed=doomed(infos, verdicts, Names(kept), archive=archive),
+        doomed=doomed(infos, verdicts, Names(kept), archive=archive, gone=expired_now),
         held=held,
         dead=gone,
         drafts=[draft for draft in old if before is None or draft in before.drafts],
+        expired=expired_now,
     )
 
 
@@ -113,6 +120,23 @@ def _snapshots(objects: ObjectStore, infos: Sequence[ObjectInfo], names: set[str
             parts = () if manifest is None else manifest.parts
             lacks = next((part.name for part in parts if f"{name.folder}/{part.name}" not in names), "")
             found.append(Snapshot(name, modified_s, manifest, lacks))
+    return found
+
+
+def _archived(objects: ObjectStore, infos: Sequence[ObjectInfo], snapshots: Sequence[Snapshot]) -> dict[bytes, int]:
+    """The generations of which something is archived, with their numbers: by a snapshot, or one of their segments."""
+    known = {one.name.generation: one.manifest.generation_number for one in snapshots if one.manifest is not None}
+    found: dict[bytes, int] = {}
+    for info in infos:
+        name = parse_segment_name(info.name)
+        if name is None or name.generation in found:
+            continue
+        if name.generation not in known:
+            with suppress(NotFound, SegmentCorrupt, Unsupported):
+                read = partial(objects.get_range, info.name)
+                known[name.generation] = SegmentIndex.read(name, info.size_bytes, read).resume.generation_number
+        if name.generation in known:
+            found[name.generation] = known[name.generation]
     return found
 
 

@@ -42,6 +42,7 @@ def promises(objects: ObjectStore, chain_id: str, rules: Rules) -> list[Restorab
             history,
             everything=not rules.are_set,
             from_empty=begins.get(generation, False),
+            has_expired=generation in seen.expired,
         )
         for generation, history in sorted(histories.items(), key=lambda item: item[1].number)
     ]

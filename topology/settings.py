@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from pipeline import failpoints
 from pipeline.block import CHAIN_ID_BYTES_MAX
 from pipeline.errors import UsageError
+from pipeline.retention import ENDED_DAYS
 
 CONFIG_VARIABLE = "STATEFERRY_CONFIG"
 CHAIN_DEFAULT = "bitcoin"
@@ -83,6 +84,9 @@ class Settings(BaseSettings):
     """Those of these heights."""
     keep_every: int = Field(default=0, ge=0)
     """One, the lowest, of each run of so many blocks."""
+    keep_ended_days: float = Field(default=ENDED_DAYS, ge=0)
+    """The newest snapshot and the base state of a generation, whatever the rules, until another one took over so many
+    days ago."""
     trim_keep_blocks: int | None = Field(default=None, ge=0)
     """Records of blocks that are archived are deleted from the topics, but for those of so many: who is away for longer
     restores. A primary does it by itself if this is set; 1,008 are a week of Bitcoin. None: topics keep everything."""

@@ -4,7 +4,9 @@ A primary starts this module as a process of its own once segments have come int
 squash` does the same for an archive that nobody works on. One range diff after the other, lower levels first: what it
 is made of is fetched into a scratch folder, squashed (`pipeline.squash`), checked, and put piece by piece, created if
 absent. A range diff is there once its last piece is, so whatever ends this before leaves nothing that a restore would
-take; the next attempt makes the same pieces again, and only looks at those that are there.
+take; the next attempt makes the same pieces again, and only looks at those that are there. Without one, a sweep takes
+them. An intent keeps sweeps from what it reads and puts; one that was under way before is waited for, and whether all
+pieces are there is looked at in the end, as publishers of snapshots do.
 
 Scratch needs room for what one range diff is made of and for itself. The process gives way to others on the same core.
 """
@@ -16,6 +18,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +34,8 @@ from pipeline.archive_names import (
     ranges_prefix,
     whole_ranges,
 )
-from pipeline.errors import ArchiveConflict, RangeCorrupt
+from pipeline.errors import ArchiveConflict, NotFound, ObjectMissing, RangeCorrupt
+from pipeline.leases import Kind
 from pipeline.objects import AlreadyThere, ObjectStore, open_objects
 from pipeline.range_pieces import Piece
 from pipeline.ranges import RangeDiff
@@ -39,10 +43,13 @@ from pipeline.squash import Due, Lowest, due_ranges, is_aligned, squash_ranges
 from topology import children
 from topology.children import Report, no_report
 from topology.fetching import open_piece, open_segment
+from topology.holding import CLOCK, Clock, held, wait_for_sweeps
 from topology.snapshotter import scratch_folder
 
 _NICENESS = 10
 _THREADS = 4
+_LOOKS_MAX = 60
+"""At pieces that were put: each time some are gone, a sweep has come by that began before the last look."""
 _WORK = "work"
 SCRATCH_FOLDER = "squashing"
 
@@ -74,16 +81,35 @@ def archives(objects: ObjectStore, prefix: str = "") -> list[Archive]:
     return sorted(found)
 
 
-def squash(objects: ObjectStore, archive: Archive, scratch: Path, *, report: Report = no_report) -> Iterator[Squashed]:
+def squash(
+    objects: ObjectStore, archive: Archive, scratch: Path, *, report: Report = no_report, clock: Clock = CLOCK
+) -> Iterator[Squashed]:
     """Make what range diffs one archive lacks, each as the iterator is asked for it. ``scratch``: a folder of its own,
     made and removed.
 
     Raises ArchiveConflict (another one stands there), SegmentCorrupt, RangeCorrupt, NotFound, DiskFull.
     """
+    if not _due(objects, archive)[0]:
+        return
+    folders = [archive_prefix(*archive), ranges_prefix(*archive)]
+    with held(objects, archive.chain_id, Kind.INTENT, folders, clock=clock):
+        names = [info.name for folder in folders for info in objects.list(folder)]
+        wait_for_sweeps(objects, archive.chain_id, names, clock)
+        yield from _squash(objects, archive, scratch, report, clock)
+
+
+def _due(
+    objects: ObjectStore, archive: Archive
+) -> tuple[list[Due], list[SegmentName], dict[tuple[int, int], RangeObject]]:
+    """What is to be made, and the segments and range diffs that are there."""
     listed = [parse_segment_name(info.name) for info in objects.list(archive_prefix(*archive))]
     segments = [name for name in listed if name is not None]
-    have = {one.name[3:]: one for one in _whole(objects, archive)}
-    due = due_ranges(segments, [one.name for one in have.values()])
+    have = {(one.name.first, one.name.last): one for one in _whole(objects, archive)}
+    return due_ranges(segments, [one.name for one in have.values()]), segments, have
+
+
+def _squash(objects: ObjectStore, archive: Archive, scratch: Path, report: Report, clock: Clock) -> Iterator[Squashed]:
+    due, segments, have = _due(objects, archive)
     for number, one in enumerate(due):
         report("range diffs made", number, len(due))
         name = RangeName(*archive, one.first, one.last)
@@ -93,7 +119,7 @@ def squash(objects: ObjectStore, archive: Archive, scratch: Path, *, report: Rep
                 paths = squash_ranges(_fetched(objects, sources, scratch), _made(scratch))
             else:
                 paths = _lowest(objects, segments, one, scratch)
-            made = _put(objects, name, paths)
+            made = _put(objects, name, paths, clock)
         have[one.first, one.last] = RangeObject(name, made.sizes)
         yield made
     report("range diffs made", len(due), len(due))
@@ -134,18 +160,26 @@ def _made(scratch: Path) -> Path:
     return path
 
 
-def _put(objects: ObjectStore, name: RangeName, paths: Sequence[Path]) -> Squashed:
-    changes = 0
-    for piece_name, path in zip(name.pieces(len(paths)), paths, strict=True):
-        piece = Piece.of_file(path, is_checked=True)
-        failpoints.hit("squash.before_put")
-        try:
-            objects.put_file_new(str(piece_name), path)
-        except AlreadyThere:
-            _compare(objects, piece_name, piece)
-        failpoints.hit("squash.after_put")
-        changes += sum(entry.changes for entry in piece.entries)
-    return Squashed(name, tuple(path.stat().st_size for path in paths), changes)
+def _put(objects: ObjectStore, name: RangeName, paths: Sequence[Path], clock: Clock = CLOCK) -> Squashed:
+    """Put all pieces, and those again that a sweep took which did not see the intent."""
+    pieces = dict(zip(name.pieces(len(paths)), paths, strict=True))
+    lacking = list(pieces)
+    for _ in range(_LOOKS_MAX):
+        for one in lacking:
+            failpoints.hit("squash.before_put")
+            try:
+                objects.put_file_new(str(one), pieces[one])
+            except AlreadyThere:
+                with suppress(ObjectMissing):  # swept just now
+                    _compare(objects, one, Piece.of_file(pieces[one], is_checked=True))
+            failpoints.hit("squash.after_put")
+        wait_for_sweeps(objects, name.chain_id, map(str, pieces), clock)
+        there = {info.name for info in objects.list(f"{name}.")}
+        lacking = [one for one in pieces if str(one) not in there]
+        if not lacking:
+            entries = (entry for path in paths for entry in Piece.of_file(path, is_checked=True).entries)
+            return Squashed(name, tuple(path.stat().st_size for path in paths), sum(one.changes for one in entries))
+    raise NotFound("a piece that was put again and again is not there", where=str(lacking[0]), way_out="try it again")
 
 
 def _compare(objects: ObjectStore, name: PieceName, made: Piece) -> None:

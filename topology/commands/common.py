@@ -64,7 +64,7 @@ def common_options(command: Command) -> Command:
 
 _EXTRA = (
     *("finality", "serve", "require_signature", "trim_keep_blocks"),
-    *("keep_last", "keep_days", "keep_heights", "keep_every"),
+    *("keep_last", "keep_days", "keep_heights", "keep_every", "keep_ended_days"),
 )
 """Settings that are options of some commands only."""
 
@@ -72,6 +72,12 @@ _EXTRA = (
 def rules_options(command: Command) -> Command:
     """The options of every command that must know what is kept."""
     for option in (
+        click.option(
+            "--keep-ended-days",
+            type=click.FloatRange(0),
+            metavar="DAYS",
+            help="The newest and the base state of a generation, so long after another one took over. [default: 30]",
+        ),
         click.option("--keep-every", type=click.IntRange(0), metavar="N", help="One of each run of N blocks."),
         click.option(
             "--keep-height",
@@ -90,7 +96,11 @@ def rules_options(command: Command) -> Command:
 
 def rules_of(given: Settings) -> Rules:
     return Rules(
-        last=given.keep_last, days=given.keep_days, heights=frozenset(given.keep_heights), every=given.keep_every
+        last=given.keep_last,
+        days=given.keep_days,
+        heights=frozenset(given.keep_heights),
+        every=given.keep_every,
+        ended_days=given.keep_ended_days,
     )
 
 

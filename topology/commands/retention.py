@@ -117,7 +117,8 @@ def _promise(one: Restorable) -> dict[str, Any]:
 
 
 def _promise_text(one: Restorable) -> str:
-    lines = [f"generation {one.generation.hex()}: heights {one.first} to {one.last} are promised"]
+    promised = "no height is promised" if one.first is None else f"heights {one.first} to {one.last} are promised"
+    lines = [f"generation {one.generation.hex()}: {promised}"]
     for span in one.spans:
         start = "the empty state" if span.start is None else f"the snapshot of {span.start}"
         lines.append(f"  {span.first} to {span.last}  from {start}")
