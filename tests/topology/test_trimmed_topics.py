@@ -8,9 +8,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import OffsetOutOfRange, UsageError, WalkGap
+from pipeline.errors import LogLost, OffsetOutOfRange, UsageError, WalkGap
+from pipeline.leases import Kind
+from pipeline.objects import open_objects
 from tests.chains import load_blocks, write_hex_lines
 from tests.topology.commands import Site, same_state
+from topology.commands import common
+from topology.holding import held
+from topology.transports.factory import open_broker
+from topology.transports.prefixed import PrefixedBroker
 
 pytestmark = pytest.mark.usefixtures("each_broker")
 
@@ -69,10 +75,63 @@ def test_trim(site: Site) -> None:
     again = trim(site, "--keep-blocks", 0)
     assert (again["records"], again["trimmed"]) == (0, [])
 
-    go_on(site)
-    site.follow("replica", "r")
-    same_state(site, ["p", "r"])
-    assert site.meta("r").tip.height == MORE - 1
+
+def test_what_stays(site: Site) -> None:
+    """What is kept, and what a restore under way reads on from; and all of it, where the topic is not what was
+    archived."""
+    assert trim(site, "--keep-blocks", 64, "--dry-run")["height"] == 63
+    kept = trim(site, "--keep-blocks", 65)
+    assert (kept["height"], kept["records"]) == (None, 0)
+    objects = open_objects(f"file://{site.objects}")
+    (segment,) = [info.name for info in objects.list() if info.name.endswith(f"{CUT:012d}.seg")]
+    with held(objects, "bitcoin", Kind.PIN, [segment]):
+        pinned = trim(site, "--keep-blocks", 0, "--dry-run")
+    assert pinned["height"] == 63 and "pin-" in pinned["why"][-1]
+
+    cut = {one["topic"]: one for one in trim(site, "--keep-blocks", 0, "--dry-run")["trimmed"]}
+    before = cut[site.place.prefix + "diffs"]["before"]
+    site.replace("diffs", before - 1, b"another record")
+    said = site.here("topics", "trim", "--keep-blocks", 0, node="ops").failed(LogLost)
+    assert "diffs[0]" in said and "nothing was deleted" in said
+    assert bounds(site, "blocks")[0] == bounds(site, "diffs")[0] == 0
+
+
+class Cut(BaseException):
+    """A crash."""
+
+
+def test_trim_that_is_cut_off(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the floor, and again behind the first topic: everybody goes on, and the next trim does the rest."""
+
+    class Cutting(PrefixedBroker):
+        left = 0
+
+        async def delete_records(self, topic: str, partition: int, before_offset: int) -> None:
+            if Cutting.left == 0:
+                raise Cut
+            Cutting.left -= 1
+            await super().delete_records(topic, partition, before_offset)
+
+    for Cutting.left in (0, 1):
+        with monkeypatch.context() as patch, pytest.raises(Cut):
+            patch.setattr(common, "open_broker", lambda *given: Cutting(open_broker(*given), ""))
+            trim(site, "--keep-blocks", 0)
+        assert (len(site.records("generations")), bounds(site, "blocks")[0]) == (2, 0)
+    assert bounds(site, "diffs")[0] > CUT
+    assert go_on(site)["connected"] == MORE - SOME
+    site.follow("replica", "new")
+    same_state(site, ["p", "new"])
+
+    assert trim(site, "--keep-blocks", 0)["height"] == CUT
+    assert (len(site.records("generations")), bounds(site, "blocks")[0] > CUT) == (2, True)
+
+
+def test_a_primary_trims(site: Site) -> None:
+    """By itself, once more is archived; `status` says how far, or why not."""
+    env = {"STATEFERRY_TRIM_KEEP_BLOCKS": "64"}
+    with site.running("primary", "p", env=env) as worker:
+        status = site.wait_for("p", worker, trimming={"keep_blocks": 64, "height": 63, "trouble": None})
+        assert (status["height"], bounds(site, "blocks")[0]) == (SOME - 1, bounds(site, "diffs")[0] - 1)
 
 
 def test_ingest_goes_on(site: Site) -> None:
