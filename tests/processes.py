@@ -27,6 +27,11 @@ PRELOAD: Final = (
     *("topology.cli", "topology.app", "topology.worker", "topology.restorer", "topology.snapshotter"),
     *("topology.transports.kafka", "topology.transports.kafka_broker", "topology.transports.embedded"),
     *("topology.commands.run", "topology.commands.restore", "topology.commands.store", "topology.commands.ingest"),
+    *("topology.commands.verify", "topology.commands.archive"),
+    # What Faust leaves to the first application that a process makes.
+    *("faust.app.router", "faust.assignor.partition_assignor", "faust.events", "faust.fixups.django"),
+    *("faust.models.record", "faust.tables.objects", "faust.tables.sets", "faust.topics", "faust.transport.utils"),
+    *("faust.web.drivers.aiohttp", "faust.worker"),
     "tests.processes",
 )
 

@@ -96,7 +96,17 @@ class Application:
             self._agent(self._topic(generation.blocks_topic), "splitter", make_splitter(shard_set))
 
     def _agent(self, topic: Any, name: str, agent: Any) -> None:
-        self.app.agent(topic, name=name, isolated_partitions=True)(agent)
+        # As the decorator `App.agent` does it. That also notes where each agent stands, for who looks for agents in
+        # modules: it asks for the file of every module there is, a fifth of a second of every start.
+        made = self.app.conf.Agent(
+            agent,
+            name=name,
+            app=self.app,
+            channel=topic,
+            isolated_partitions=True,
+            on_error=self.app._on_agent_error,
+        )
+        self.app.agents[made.name] = made
 
     def _topic(self, name: str) -> Any:
         return self.app.topic(self._prefix + name, value_type=bytes, value_serializer="raw", key_serializer="raw")
