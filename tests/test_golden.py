@@ -23,6 +23,7 @@ from pipeline.block import BlockRef, Connect, Event, Op, Rewind, SourceEpoch, de
 from pipeline.chunk import Assembler, decode_chunk
 from pipeline.codec import Codec
 from pipeline.diff import Diff, decode_reference_body, decode_whole_body
+from pipeline.floor import EventsFloor, FramesFloor, ShardFloor, decode_floor, encode_floor
 from pipeline.frame import Feature, Header, Kind
 from pipeline.generation import Generation, decode_end, decode_generation, decode_opening
 from pipeline.position import LogMark, Meta, decode_meta
@@ -43,6 +44,7 @@ DIGESTS = {
     "event_connect_1": "1531b923fa33bdf6",
     "event_epoch": "ab6f3c9359f5042d",
     "event_rewind": "a48c5d72f9df825b",
+    "floor": "21b8e06b705e596a",
     "frame_apply_0_none": "802ac1d79b1543e0",
     "frame_apply_0_snappy": "192831b36049a711",
     "frame_apply_0_zstd": "5d03cd1caa477b3f",
@@ -243,6 +245,22 @@ def test_chunks() -> None:
 
     assert assembler.feed(decode_chunk(golden("chunk_0"))) is None
     assert assembler.feed(decode_chunk(golden("chunk_1"))) == golden("frame_apply_0_zstd")
+
+
+def test_floor() -> None:
+    """Of two shards, both of which read the event before offset 14 of their partitions last."""
+    floor = decode_floor(golden("floor"))
+    ref, source = BlockRef(9, b"9" * 32), (1, b"s" * 16)
+    events = EventsFloor(ref=ref, mark=LogMark(next_offset=14, last_digest=b"b" * 32), walk=12, source=source)
+    frames = FramesFloor(mark=LogMark(next_offset=20, last_digest=b"d" * 32), epoch=2, writer=b"w" * 16)
+
+    assert (floor.generation, floor.ref, floor.shards) == (
+        b"g" * 16,
+        ref,
+        (ShardFloor(frames=frames, events=events),) * 2,
+    )
+    assert floor.blocks == replace(events, mark=LogMark(next_offset=11, last_digest=b""))
+    assert encode_floor(floor) == golden("floor")
 
 
 def test_generation_records() -> None:

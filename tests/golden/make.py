@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -20,6 +21,7 @@ from pipeline import chunk, journal
 from pipeline.archive import LAYOUT, Section, Segment, build_segment, resume_record
 from pipeline.block import BlockRef, Connect, Event, Op, Rewind, SourceEpoch, encode_event
 from pipeline.codec import Codec
+from pipeline.floor import EventsFloor, Floor, FramesFloor, ShardFloor, encode_floor
 from pipeline.generation import Generation, encode_end, encode_generation
 from pipeline.parts import Part, sum_parts
 from pipeline.position import LogMark, Meta, Tip
@@ -76,6 +78,24 @@ SUCCESSOR = Generation(
     base_manifest="walk/manifest",
 )
 
+_EVENTS_FLOOR = EventsFloor(
+    ref=BlockRef(9, b"9" * 32),
+    mark=LogMark(next_offset=14, last_digest=b"b" * 32),
+    walk=12,
+    source=(1, b"s" * 16),
+)
+FLOOR = Floor(
+    generation=GENERATION.generation,
+    ref=BlockRef(9, b"9" * 32),
+    blocks=replace(_EVENTS_FLOOR, mark=LogMark(next_offset=11, last_digest=b"")),
+    shards=(
+        ShardFloor(
+            frames=FramesFloor(mark=LogMark(next_offset=20, last_digest=b"d" * 32), epoch=2, writer=b"w" * 16),
+            events=_EVENTS_FLOOR,
+        ),
+    )
+    * 2,
+)
 
 HELD = {coin(1): b"one" + COIN, coin(2): b"two" + COIN, coin(200): COIN}
 """Keys of either half of the key space."""
@@ -166,6 +186,7 @@ def files() -> dict[str, bytes]:
     made |= {f"chunk_{index}": record for index, record in enumerate(chunks)}
     made["generation_first"] = encode_generation(GENERATION)
     made["generation_second"] = encode_generation(SUCCESSOR)
+    made["floor"] = encode_floor(FLOOR)
     made["manifest"] = encode_manifest(manifest(1))
     made["manifest_of_shards"] = encode_manifest(manifest(2))
     key = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
