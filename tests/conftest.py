@@ -4,6 +4,7 @@ busy machine takes."""
 from __future__ import annotations
 
 import os
+import re
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,17 @@ settings.load_profile("stateferry")
 
 _PROCESSES = ("/topology/", "/torture/", "/transports/", "/security/", "test_demo.py", "test_bench.py")
 """Where tests start processes and wait for them: each takes as long as twenty others."""
+_LONG = (
+    "test_crash_model.py",
+    "test_demo.py",
+    "test_large_blocks.py",
+    "test_full_buffers.py",
+    "test_s3.py",
+    "test_fencing.py",
+)
+"""Each as long as sixty."""
+_POINTS_A_CLUSTER = 110
+"""Of the points on Kafka, of which two in nine use three brokers."""
 
 
 class _LongestFirst(OrderedDict[str, dict[str, bool]]):
@@ -43,12 +55,15 @@ class _LongestFirst(OrderedDict[str, dict[str, bool]]):
 
 
 def _weight(test: str) -> int:
+    if any(word in test for word in _LONG):
+        return 60
     return 20 if any(word in test for word in _PROCESSES) else 1
 
 
 class _ByFile(LoadScopeScheduling):
     """What a file has for one broker goes to one process, because it is built on the same fixtures. But points of
-    torture stand alone, and whatever needs three brokers, or secured ones, uses the same, which then end."""
+    torture and crashes of the model stand alone, and whatever needs three brokers, or secured ones, uses the same,
+    which then end; but for so many points of torture that one process would be the last to come to its end."""
 
     def __init__(self, config: pytest.Config, log: Any) -> None:
         super().__init__(config, log)
@@ -57,10 +72,11 @@ class _ByFile(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file, _, test = nodeid.partition("::")
         if any(word in nodeid for word in ("test_broker_loss.py", "kill-broker", "move-leader")):
-            return "three brokers"
+            point = re.search(r"\[(\d+)-", test)
+            return f"three brokers {int(point[1]) // _POINTS_A_CLUSTER if point else 0}"
         if "/security/" in file and "test_secret_files.py" not in file:
             return "secured brokers"
-        if "/torture/" in file:
+        if "/torture/" in file or "test_crash_model.py" in file:
             return nodeid
         return f"{file} {next((name for name in kafka_names() if name in test), '')}"
 
