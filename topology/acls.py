@@ -33,8 +33,12 @@ ROLES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
         GENERATIONS_TOPIC: ("DESCRIBE_CONFIGS", "READ"),
         "blocks": ("DESCRIBE_CONFIGS", "READ"),
         "diffs": ("DESCRIBE_CONFIGS", "READ", "WRITE"),
-        "shard-blocks": ("DESCRIBE_CONFIGS", "READ", "WRITE"),
+        "shard-blocks": ("DESCRIBE_CONFIGS", "READ"),
         "anchors": ("DESCRIBE_CONFIGS", "READ", "WRITE"),
+    },
+    "splitter": {
+        "blocks": ("DESCRIBE_CONFIGS", "READ"),
+        "shard-blocks": ("DESCRIBE_CONFIGS", "READ", "WRITE"),
     },
     "replica": {
         GENERATIONS_TOPIC: ("DESCRIBE_CONFIGS", "READ"),
@@ -44,7 +48,8 @@ ROLES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
         "anchors": _LOOK,
     },
 }
-"""Operations on topics. The operator runs `topics create` and `generation new`; nobody else makes topics."""
+"""Operations on topics. The operator runs `topics create` and `generation new`; nobody else makes topics. Of several
+shards every primary may come to split events, and is a splitter, too."""
 _IN_GROUPS: Final = ("primary", "replica")
 GROUPS: Final = "stateferry-"
 """Every worker is a consumer group of its own, whose name begins so."""

@@ -40,12 +40,30 @@ def without(grants: Sequence[Grant], name: str, operation: str) -> list[Grant]:
 def test_each_role_with_its_grants(each_secured: Secured, tmp_path: Path) -> None:
     """An operator makes the topics; a source, a primary and a replica work with just what they are granted."""
     site = site_on(each_secured, tmp_path)
-    for role in ROLES:
-        grant(each_secured, f"User:{role}", grants_of(role, site.place.prefix))
     for role in RUN:
+        grant(each_secured, f"User:{role}", grants_of(role, site.place.prefix))
         run_as(site, each_secured, role)
 
     same_state(site, ["primary", "replica"])
+
+
+def test_several_shards(secured: Secured, tmp_path: Path) -> None:
+    """A primary of several shards is a splitter, too: without that role it says what it lacks, with it all goes on."""
+    site = site_on(secured, tmp_path)
+    site.here("topics", "create", "--shards", 2).ok()
+    site.ingest(*BLOCKS)
+    prefix = site.place.prefix
+    for role in ("primary", "replica"):
+        grant(secured, f"User:{role}", grants_of(role, prefix))
+    with coming_as(site, secured.settings("SASL_SSL", "primary")) as user:
+        said = user.here(*RUN["primary"][0], node="primary").failed(NotAuthorized)
+    assert f"user primary lacks WRITE on topic {prefix}shard-blocks" in said
+    grant(secured, "User:primary", grants_of("splitter", prefix))
+    for role in ("primary", "replica"):
+        run_as(site, secured, role)
+    primary, replica = (site.here("root", node=role).ok() for role in ("primary", "replica"))
+
+    assert primary == replica
 
 
 @pytest.mark.parametrize(
