@@ -43,8 +43,9 @@ class Committing:
 
     @property
     def is_done(self) -> bool:
-        """Whether all that was followed is written."""
-        return not self._steps and not self._is_due
+        """Whether all that was followed is written, but for what others lack."""
+        ready = self._ready_seq()
+        return not self._is_due and all(step.header.seq > ready for step in self._steps)
 
     async def wait_for_others(self) -> None:
         """Until what this shard has and others lack is below the bound of a group."""

@@ -13,7 +13,7 @@ from tests.chains import block_files
 from tests.kafka.secured import Secured, grant, kafka_acls
 from tests.security.users import coming_as, site_on
 from tests.topology.commands import Site, same_state, start
-from topology.acls import ROLES, Grant, grants_of
+from topology.acls import Grant, grants_of
 
 BLOCKS = block_files("reorg_btcd", "main")
 RUN = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from pipeline.errors import BlockInvalid
 from pipeline.generation import decode_generation
 from pipeline.inlet import EventReader, SourcePosition
 from pipeline.sources.branch import Branch
+from tests.processes import Command
 from tests.topology.forge import Source, coin_key, ops
 from tests.topology.sharded import Sharded, same
 
@@ -71,8 +73,18 @@ def apply_bad(site: Sharded) -> None:
     """One shard refuses, the other one is through."""
     say_bad(site, 8)
     with site.running("primary", "p") as worker:
-        site.wait_for_status("p", worker, lambda found: bool(found["shards"][1]["refused"]))
-        site.wait_for_status("p", worker, lambda found: found["shards"][0]["height"] == LAST + 2)
+        wait_for_refusal(site, worker, LAST + 2)
+
+
+def wait_for_refusal(site: Sharded, worker: Command, height: int) -> None:
+    """Until one shard refuses, and the other one stands at a height."""
+
+    def stand_there(found: dict[str, Any]) -> bool:
+        shards = {one["shard"]: one for one in found["shards"]}
+        return len(shards) == 2 and bool(shards[1]["refused"]) and shards[0]["height"] == height
+
+    status = site.wait_for_status("p", worker, stand_there)
+    assert not next(one for one in status["shards"] if one["shard"] == 0)["refused"]
 
 
 def mend(site: Sharded) -> None:
@@ -115,10 +127,8 @@ def test_none_runs_away(site: Sharded, straight: Sharded) -> None:
     say_bad(site, 60)
     small = {"STATEFERRY_GROUP_BYTES_MAX": "65536"}
     with site.running("primary", "p") as worker, site.running("replica", "r", env=small) as follower:
-        status = site.wait_for_status("p", worker, lambda found: bool(found["shards"][1]["refused"]))
-        assert not status["shards"][0]["refused"]
         # The bad block, one more, five blocks taken off, and all others: no event is more than one frame but that one.
-        site.wait_for_status("p", worker, lambda found: found["shards"][0]["height"] == LAST - 4 + AHEAD_MAX - 7)
+        wait_for_refusal(site, worker, LAST - 4 + AHEAD_MAX - 7)
         mend(site)
         site.wait_for("p", worker, height=END - 1, in_flight=0)
         site.wait_for("r", follower, height=END - 1)
