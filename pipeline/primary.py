@@ -22,8 +22,10 @@ from pipeline.codec import Codec
 from pipeline.commitment import lthash
 from pipeline.errors import Fenced, RewindTooDeep, SeqConflict, WalkInvalid
 from pipeline.frame import Feature, Header, Kind
+from pipeline.frame_reader import Ended, Next, Reign
+from pipeline.group import Step
 from pipeline.position import LogMark, Meta, Tip
-from pipeline.replica import Applied, Ended, Next, Outcome, Reign, Replica, Step, as_whole
+from pipeline.replica import Applied, Outcome, Replica, as_whole
 from pipeline.seal import Pending, Seal, Sealer, seal_at_once
 
 
@@ -81,7 +83,7 @@ def take_back_frame(replica: Replica, writer: bytes, event: SourceEpoch, reading
     there on the shard stands where one does that refused the first of them. Raises RewindTooDeep if the journal does
     not reach that far."""
     meta, walk = replica.meta, event.resume_walk - 1
-    stays = replica.header_of_walk(walk) if walk else None
+    stays = replica.recent.header_of_walk(walk, meta) if walk else None
     height = meta.base_height if stays is None else stays.ref.height - (stays.kind is Kind.UNDO)
     if (stays is None and (walk or meta.journal_first_seq > 1)) or (stays and height < meta.archived_to - 1):
         raise RewindTooDeep(
@@ -108,7 +110,7 @@ def take_back_frame(replica: Replica, writer: bytes, event: SourceEpoch, reading
 def check_repeat(replica: Replica, event: Event) -> None:
     """An event with a number that was applied already. Raises WalkInvalid if it is not the one that was, as far as the
     journal tells: then the topic lost that one, and others took its place."""
-    if isinstance(event, SourceEpoch) or (applied := replica.header_of_walk(event.walk)) is None:
+    if isinstance(event, SourceEpoch) or (applied := replica.recent.header_of_walk(event.walk, replica.meta)) is None:
         return
     match event:
         case Connect(block=block):
@@ -193,7 +195,7 @@ class Primary:
             tip=ahead.tip.ref,
             final_height=ahead.final_height,
         )
-        match walk.plan(event, at, lambda height: self.replica.header_at(height + 1).parent_hash):
+        match walk.plan(event, at, lambda height: self.replica.recent.header_at(height + 1).parent_hash):
             case walk.Ignore(why=why):
                 if why == "repeat":
                     check_repeat(self.replica, event)
@@ -262,7 +264,7 @@ class Primary:
         return proposal
 
     def _undo(self, number: int, done: LogMark) -> Proposal:
-        undone = self.replica.entry(self.ahead.tip.seq)
+        undone = self.replica.recent.entry(self.ahead.tip.seq)
         header = replace(
             self._header(Kind.UNDO, number, done),
             ref=undone.header.ref,
@@ -331,9 +333,9 @@ class Primary:
             self.ahead.epoch,
             self.ahead.writer,
         ):
-            replica.forget_chunks()
+            replica.reader.forget_chunks()
             return self._confirm(offset, digest)
-        judged = replica.judge(record)
+        judged = replica.reader.feed(record, replica.meta)
         match judged:
             case Next(header=header, message=message):
                 if self._is_oldest(frame.digest_of(message)):

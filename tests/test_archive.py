@@ -92,7 +92,7 @@ def test_segments_hold_the_final_branch(driven: Driven, node: Node) -> None:
     for segment in segments:
         assert segment.resume.tip.ref == segment.entries[-1].ref
         for entry in segment.entries:
-            header = node.replica.header_at(entry.ref.height)
+            header = node.replica.recent.header_at(entry.ref.height)
             assert (entry.ref, entry.frame_id, entry.post_root) == (header.ref, header.frame_id, header.post_root)
         assert list(segment.frames(segment.last)) == [segment.frame_at(segment.last)]
 
@@ -101,7 +101,7 @@ def test_resume_goes_on_with_the_next_block(driven: Driven, node: Node) -> None:
     """The resume record is the position right before the next block of the final branch: the next record to read is
     its frame, whatever was undone before it."""
     segment = Segment.open(node.segment(0, 63))
-    header = node.replica.header_at(64)
+    header = node.replica.recent.header_at(64)
     follower = Node(driven.wire)
     while follower.meta.seq < segment.resume.seq:
         follower.follow(1)

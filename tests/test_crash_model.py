@@ -21,11 +21,12 @@ from pipeline import chunk, failpoints, frame
 from pipeline.archive import Segment
 from pipeline.block import SourceEpoch, encode_event
 from pipeline.frame import NO_HASH
+from pipeline.frame_reader import Next, Reign
 from pipeline.inlet import EventReader
 from pipeline.objects.memory import MemoryObjects
 from pipeline.position import LogMark, decode_meta, encode_meta
 from pipeline.primary import Primary, epoch_frame
-from pipeline.replica import Next, Reign, Replica
+from pipeline.replica import Replica
 from pipeline.stores.base import META_KEY, Batch
 from pipeline.stores.memory import MemoryStore
 from topology.archiver import Archiver
@@ -268,7 +269,7 @@ def frames_in_force(wire: Wire) -> list[tuple[int, bytes, int]]:
     replica, found = Replica(MemoryStore(), wire.meta()), []
     for offset, record in enumerate(wire.records[1:], 1):
         digest = frame.digest_of(record)
-        match replica.judge(record):  # not `step`: whoever looks on passes no fail point
+        match replica.reader.feed(record, replica.meta):  # not `step`: whoever looks on passes no fail point
             case Next(header=header, message=message):
                 step = replica.compute(header, message)
                 replica.push(step)

@@ -56,10 +56,11 @@ from pipeline.errors import (
     WrongChain,
 )
 from pipeline.frame import Feature, Header, Kind
+from pipeline.frame_reader import Ended, Partial, Reign, Repeat, Void
 from pipeline.generation import Generation, Opening, encode_end, encode_opening
 from pipeline.position import decode_meta
 from pipeline.primary import epoch_frame
-from pipeline.replica import Applied, Ended, Partial, Reign, Repeat, Void
+from pipeline.replica import Applied
 from pipeline.stores.base import META_KEY
 from pipeline.stores.memory import MemoryStore
 from pipeline.stores.rocksdb import RocksStore
@@ -181,7 +182,7 @@ def test_void_changes_nothing(record: bytes, reason: str) -> None:
     meta, held = node.meta, dict(node.store.meta)  # type: ignore[attr-defined]
 
     assert node.replica.step(record, 9) == Void(reason=reason)
-    assert node.replica.voids == {reason: 1}
+    assert node.replica.reader.voids == {reason: 1}
     node.replica.commit()
     assert node.meta == meta
     assert node.store.meta == held  # type: ignore[attr-defined]
@@ -191,7 +192,7 @@ def test_void_changes_nothing(record: bytes, reason: str) -> None:
 
 STOPS: list[tuple[str, bytes, type[StateferryError], str]] = [
     ("unknown version", patched(NEXT, 4, b"\x02"), Unsupported, "version 2"),
-    ("unknown feature", patched(NEXT, 8, b"\x02"), Unsupported, "unknown features"),
+    ("unknown feature", patched(NEXT, 8, b"\x04"), Unsupported, "unknown features"),
     ("unknown kind", patched(NEXT, 6, b"\x09"), Unsupported, "kind 9"),
     ("EPOCH of an unknown version", patched(unnumbered(Kind.EPOCH, 2), 4, b"\x02"), Unsupported, "version 2"),
     ("impossible header", patched(NEXT, 92, bytes(8)), FrameCorrupt, "without seq"),
@@ -283,10 +284,10 @@ def test_chunked_frame_applies_at_its_last_chunk() -> None:
     node.follow_and_commit()
 
     assert node.replica.step(CHUNK[0], 4) == Partial()
-    assert node.replica.held_chunk_bytes > 0
+    assert node.replica.reader.held_bytes > 0
     assert isinstance(node.replica.step(OTHERS_CHUNK[0], 5), Void)
     assert isinstance(node.replica.step(CHUNK[1], 6), Applied)
-    assert node.replica.held_chunk_bytes == 0
+    assert node.replica.reader.held_bytes == 0
     assert node.meta.diffs.next_offset == 7
 
 
@@ -298,7 +299,7 @@ def test_message_in_force_discards_incomplete_chunks(between: bytes) -> None:
     node.replica.step(CHUNK[0], 4)
     node.replica.step(between, 5)
 
-    assert node.replica.held_chunk_bytes == 0
+    assert node.replica.reader.held_bytes == 0
     assert isinstance(node.replica.step(CHUNK[1], 6), (Partial, Void))
     assert node.meta.seq == 2
 
@@ -307,11 +308,11 @@ def test_writer_forgets_incomplete_chunks_as_every_reader_does() -> None:
     """A frame that the writer knows without decoding it discards what is incomplete, too."""
     writer = started()
     writer.take(CHUNK[0], 4)
-    assert writer.replica.held_chunk_bytes > 0
+    assert writer.replica.reader.held_bytes > 0
     writer.propose(THIRD, 3)
     writer.follow()
 
-    assert writer.replica.held_chunk_bytes == 0
+    assert writer.replica.reader.held_bytes == 0
 
 
 def test_epoch_hands_over() -> None:
@@ -354,7 +355,7 @@ def test_writer_is_fenced_by_an_epoch() -> None:
     writer.replica.drop_proposed()
     assert writer.replica.layers.dirty_bytes == 0
     assert content(writer.store) == content(node.store) == before
-    assert node.replica.voids == {"writer": 2}
+    assert node.replica.reader.voids == {"writer": 2}
     assert isinstance(Node.take(writer, writer.wire.records[writer.next], writer.next), Reign)
 
 
@@ -495,7 +496,7 @@ def check_journal(node: Node) -> None:
 
     assert meta.journal_first_height == meta.final_height + 1
     assert set(store.undo) == {*map(journal.entry_key, seqs), *map(journal.height_key, heights)}
-    assert [node.replica.header_at(height).ref.height for height in heights] == list(heights)
+    assert [node.replica.recent.header_at(height).ref.height for height in heights] == list(heights)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -511,13 +512,13 @@ def test_replica_equals_primary_equals_model(seed: int) -> None:
             node.replica.commit()
             driven.check(node)
         if random.random() < 0.1:
-            voids += node.replica.voids
+            voids += node.replica.reader.voids
             node.reopen()
     node.replica.commit()
 
     check_equal(driven, node)
     check_journal(node)
-    assert (voids + node.replica.voids).keys() >= {"damaged", "generation"}
+    assert (voids + node.replica.reader.voids).keys() >= {"damaged", "generation"}
     assert node.replica.group_bytes == node.replica.group_length == 0
 
 
@@ -571,7 +572,7 @@ def test_archiving_node_keeps_its_journal() -> None:
 
 
 def journal_frame(node: Node, height: int) -> bytes:
-    seq = node.replica.seq_at(height)
+    seq = node.replica.recent.seq_at(height)
     assert seq is not None
     data = node.store.get_undo(journal.entry_key(seq))
     assert data is not None

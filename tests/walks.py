@@ -15,10 +15,11 @@ from pipeline import frame
 from pipeline.archive import Committed, build_segment
 from pipeline.block import Block, BlockRef, Connect, Event, Op, Ops, Rewind, SourceEpoch, SourceStamp, encode_event
 from pipeline.codec import Codec
+from pipeline.frame_reader import Reign
 from pipeline.generation import Generation, Opening, encode_opening
 from pipeline.position import Meta, decode_meta
 from pipeline.primary import Primary, Reading, epoch_frame
-from pipeline.replica import Outcome, Reign, Replica
+from pipeline.replica import Outcome, Replica
 from pipeline.state import schema_of_storage_key
 from pipeline.stores.base import META_KEY, Store
 from pipeline.stores.memory import MemoryStore

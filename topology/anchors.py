@@ -7,8 +7,8 @@ import asyncio
 from pipeline.anchors import SLOTS, Anchor, AnchorBook, Joined, encode_anchor
 from pipeline.errors import NotFound
 from pipeline.generation import Generation
+from pipeline.group import Step
 from pipeline.position import Meta, Tip
-from pipeline.replica import Step
 from topology import topics
 from topology.transports.base import Broker
 

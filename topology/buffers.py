@@ -22,7 +22,7 @@ def held_by(node: Node) -> dict[str, Held]:
     dirty_bytes = replica.layers.dirty_bytes
     held = {
         "group": Held(replica.group_bytes, settings.group_bytes_max),
-        "frame_chunks": Held(replica.held_chunk_bytes, chunk.MESSAGE_BYTES_MAX),
+        "frame_chunks": Held(replica.reader.held_bytes, chunk.MESSAGE_BYTES_MAX),
         "memtables": Held(memory.memtables_bytes, MEMTABLES_BYTES_MAX),
         "block_cache": Held(memory.block_cache_bytes, BLOCK_CACHE_BYTES),
     }

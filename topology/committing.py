@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from pipeline.block import BlockRef
 from pipeline.frame import Header
-from pipeline.replica import Step
+from pipeline.group import Step
 from topology import logs
 from topology.ending import Ending
 from topology.shard_store import ShardStore
@@ -68,7 +68,7 @@ class Committing:
         replicas = [one._stored.replica for one in self.kept_together]
         ready = min(replica.meta.seq for replica in replicas)
         written = max(replica.written_seq for replica in replicas)
-        while ready > written and len({_stand(replica.accepted(ready)) for replica in replicas}) > 1:
+        while ready > written and len({_stand(replica.recent.header(ready)) for replica in replicas}) > 1:
             ready -= 1  # one of them applied what another refused: it is taken back
         return ready
 
@@ -79,7 +79,7 @@ class Committing:
         return any(
             other.meta.seq >= seq > other.written_seq
             and own.meta.seq >= seq > own.written_seq
-            and other.accepted(seq).source_epoch > own.accepted(seq).source_epoch
+            and other.recent.header(seq).source_epoch > own.recent.header(seq).source_epoch
             for other in others
         )
 

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.errors import Diverged, FrameCorrupt, Gap, GenerationEnded, LogChanged, StateferryError
+from pipeline.frame_reader import Ended, Reign, Void, is_ahead
 from pipeline.generation import Generation
-from pipeline.replica import Applied, Ended, Outcome, Reign, Void
+from pipeline.replica import Applied, Outcome
 from topology import log_check, logs
 from topology.committing import Committing
 from topology.lead import Lead, State
@@ -79,7 +80,7 @@ class Following:
             if not isinstance(error, Gap):
                 self._quarantine(error, record, offset)
             raise
-        if isinstance(outcome, Void) and replica.is_ahead(record):
+        if isinstance(outcome, Void) and is_ahead(record, replica.meta):
             await self._check_log()  # of a writer whose EPOCH was never read here: maybe it stands where others stood
         self._take(outcome, offset)
 

@@ -16,8 +16,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from pipeline.errors import NotFound, StateferryError
 from pipeline.generation import Generation, Opening
+from pipeline.group import Step
 from pipeline.position import Meta
-from pipeline.replica import Step
 from pipeline.shards import join_metas, stand_together
 from pipeline.verify import Proof
 from topology import floors, logs, prefetching

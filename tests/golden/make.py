@@ -23,10 +23,10 @@ from pipeline.block import BlockRef, Connect, Event, Op, Rewind, SourceEpoch, en
 from pipeline.codec import Codec
 from pipeline.floor import EventsFloor, Floor, FramesFloor, ShardFloor, encode_floor
 from pipeline.generation import Generation, encode_end, encode_generation
+from pipeline.group import Step
 from pipeline.parts import Part, sum_parts
 from pipeline.position import LogMark, Meta, Tip
 from pipeline.primary import Primary
-from pipeline.replica import Step
 from pipeline.signature import SigningKey
 from pipeline.snapshot import Manifest, encode_manifest, make_manifest, parts_of, signed
 from pipeline.squash import Lowest

@@ -11,10 +11,10 @@ import click
 
 from pipeline import generation as generations
 from pipeline.errors import NotFound, OffsetOutOfRange, UsageError
+from pipeline.frame_reader import reign
 from pipeline.generation import Generation
 from pipeline.objects import ObjectStore, open_objects
 from pipeline.position import NO_WRITER, Meta
-from pipeline.replica import reign
 from pipeline.shards import check_shards
 from pipeline.signature import check_signature
 from pipeline.snapshot import Manifest
