@@ -7,7 +7,7 @@ a segment from any height inside, or right below, to any other. `routes` finds t
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipeline.archive_names import RangeObject, SegmentName
@@ -17,20 +17,29 @@ from pipeline.position import BEFORE_FIRST_HEIGHT
 from pipeline.snapshot import Manifest, ManifestName
 
 OPEN_S = 0.05
-REQUEST_S = 0.0006
-FETCH_S_PER_BYTE = 1.5e-9
 INGEST_S = 0.003
 INGEST_S_PER_BYTE = 0.05e-9
 RANGE_S_PER_BYTE = 135e-9
 FRAME_S_PER_BYTE = 135e-9
 FRAME_S = 0.0004
-PROVE_S = 0.3
-PROVE_S_PER_KEY = 1.5e-6
-"""Rates of a restore, measured on a core of an EPYC with the objects in a local folder: 290 frames of 2,000 changes,
-47.9 MB, took 6.8 s, the range diffs of 256 of those blocks, 12.8 MB, 1.8 s (`stateferry bench archive`); snapshots and
-proofs by `bench restore`. A bucket far away has slower requests; what is applied costs the same, and decides."""
+"""Rates of a restore, measured on a core of an EPYC: 290 frames of 2,000 changes, 47.9 MB, took 6.8 s, the range diffs
+of 256 of those blocks, 12.8 MB, 1.8 s (`stateferry bench archive`); snapshots by `bench restore`."""
 _BYTES_PER_KEY = 60
 """Of a snapshot or a range diff: what is known of keys where no manifest says their number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What differs from place to place by more than twice; whoever plans may have measured it. Seconds; as they stand,
+    of objects in a local folder, and a core of an EPYC."""
+
+    request: float = 0.0006
+    byte: float = 1.5e-9
+    start: float = 0.3  # of a helper process
+    key: float = 1.5e-6  # hashed on one core
+
+
+RATES = Rates()
 
 
 class SegmentObject(NamedTuple):
@@ -92,6 +101,7 @@ class RestorePlan:
     ranges: tuple[RangeObject, ...] = ()
     shards: int = 1
     only: int | None = None
+    rates: Rates = field(default=RATES, compare=False)
 
     @property
     def wanted(self) -> Sequence[int]:
@@ -169,16 +179,16 @@ class RestorePlan:
             return sum(step.apply_s for step in steps if step.kind == kind)
 
         return Estimate(
-            fetch_s=fetch_s(self.requests, self.size_bytes),
+            fetch_s=fetch_s(self.requests, self.size_bytes, self.rates),
             ingest_s=OPEN_S + applied("snapshot"),
             ranges_s=applied("range"),
             frames_s=applied("frames"),
-            prove_s=PROVE_S + keys * PROVE_S_PER_KEY / cores if cores else 0.0,
+            prove_s=self.rates.start + keys * self.rates.key / cores if cores else 0.0,
         )
 
 
-def fetch_s(requests: int, size_bytes: int) -> float:
-    return requests * REQUEST_S + size_bytes * FETCH_S_PER_BYTE
+def fetch_s(requests: int, size_bytes: int, rates: Rates = RATES) -> float:
+    return requests * rates.request + size_bytes * rates.byte
 
 
 def ingest_s(size_bytes: int) -> float:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from pipeline.archive import SEGMENT_BLOCKS
 from pipeline.archive_names import RangeObject
 from pipeline.errors import NotFound
-from pipeline.plans import Hop, SegmentObject, SnapshotObject, fetch_s, ingest_s, newest_names, step_of
+from pipeline.plans import RATES, Hop, Rates, SegmentObject, SnapshotObject, fetch_s, ingest_s, newest_names, step_of
 from pipeline.position import BEFORE_FIRST_HEIGHT
 from pipeline.snapshot import ManifestName
 
@@ -58,7 +58,7 @@ class Ways:
             reach[at] = max((reach[hop.name.last] for hop in self.hops(at)), default=at)
         return reach
 
-    def cheapest(self, height: int, starts: Iterable[int]) -> dict[int, tuple[float, Hop | None]]:
+    def cheapest(self, height: int, starts: Iterable[int], rates: Rates) -> dict[int, tuple[float, Hop | None]]:
         """To ``height`` from each height from which they lead there: the seconds, and the first hop."""
         ways: dict[int, tuple[float, Hop | None]] = {height: (0.0, None)}
         for at in sorted(one for one in self.heights | set(starts) if one < height)[::-1]:
@@ -67,7 +67,7 @@ class Ways:
                 stop = hop.name.last if isinstance(hop, RangeObject) else min(hop.name.last, height)
                 if stop in ways:
                     step = step_of(hop, at, stop)
-                    cost = ways[stop][0] + step.apply_s + fetch_s(step.requests, step.size_bytes)
+                    cost = ways[stop][0] + step.apply_s + fetch_s(step.requests, step.size_bytes, rates)
                     best = min(best, (cost, hop), key=lambda way: way[0])
             if best[1] is not None:
                 ways[at] = best
@@ -98,6 +98,7 @@ def find_route(
     *,
     histories: Mapping[bytes, History],
     needs_snapshot: bool = False,
+    rates: Rates = RATES,
 ) -> Route:
     """The way to ``height`` (None: as far as the archive leads), all of one chain. ``histories``: of each generation.
     ``needs_snapshot``: the archive alone will not do, where a snapshot leads there too.
@@ -115,6 +116,7 @@ def find_route(
             [one for one in segments if one.name.generation == generation],
             [one for one in ranges if one.name.generation == generation],
             histories[generation],
+            rates,
         )
         route = routes.to(height, needs_snapshot=needs_snapshot)
         if route is not None:
@@ -131,11 +133,10 @@ class _Start(NamedTuple):
     height: int
     snapshot: SnapshotObject | None
 
-    @property
-    def cost_s(self) -> float:
+    def cost_s(self, rates: Rates) -> float:
         if self.snapshot is None:
             return 0.0
-        return fetch_s(self.snapshot.parts + 1, self.snapshot.size_bytes) + ingest_s(self.snapshot.size_bytes)
+        return fetch_s(self.snapshot.parts + 1, self.snapshot.size_bytes, rates) + ingest_s(self.snapshot.size_bytes)
 
 
 class _Routes:
@@ -148,8 +149,10 @@ class _Routes:
         segments: Sequence[SegmentObject],
         ranges: Sequence[RangeObject],
         history: History,
+        rates: Rates,
     ) -> None:
         self._generation = generation
+        self._rates = rates
         self._starts = [_Start(one.name.height, one) for one in snapshots]
         firsts = [one.name.first for one in segments] + [one.name.first for one in ranges]
         self._begin = min(firsts, default=None)
@@ -173,7 +176,7 @@ class _Routes:
     def _cheapest(self, starts: Sequence[_Start], height: int | None) -> Route | None:
         at = {start.height for start in starts}
         for target in self._targets(starts) if height is None else [height]:
-            ways = [one.cheapest(target, at) for one in self._ways]
+            ways = [one.cheapest(target, at, self._rates) for one in self._ways]
             fitting = [
                 start
                 for start in starts
@@ -181,7 +184,7 @@ class _Routes:
             ]
             if not fitting:
                 continue
-            best = min(fitting, key=lambda start: start.cost_s + sum(one[start.height][0] for one in ways))
+            best = min(fitting, key=lambda start: start.cost_s(self._rates) + sum(one[start.height][0] for one in ways))
             newest_names(
                 (start.snapshot.name for start in starts if start.snapshot), best.height
             )  # raises if two differ

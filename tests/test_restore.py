@@ -22,7 +22,7 @@ from pipeline.errors import (
 )
 from pipeline.objects import LocalObjects, MemoryObjects
 from pipeline.parts import write_parts
-from pipeline.plans import SegmentObject, SnapshotObject, newest_names
+from pipeline.plans import RATES, Rates, SegmentObject, SnapshotObject, newest_names
 from pipeline.position import Meta
 from pipeline.restore import SUCCESSORS, Stage
 from pipeline.routes import History, Route, find_route
@@ -425,6 +425,10 @@ def test_routes_by_cost() -> None:
     signed = find_route([large], archive, levels, 8191, histories=HISTORIES, needs_snapshot=True)
     assert shown(signed) == (8191, [])
     assert found(8191, [large]) == (-1, [(0, -4095), (4096, -8191)])
+    slow = Rates(request=2.0)  # a bucket far away: many parts cost more than a large range diff
+    many = snapshot(1, 4095, 1_000_000)._replace(parts=10)
+    for rates, route in ((RATES, (4095, [(4096, -4159)])), (slow, (-1, [(0, -4095), (4096, -4159)]))):
+        assert shown(find_route([many], archive, levels, 4159, histories=HISTORIES, rates=rates)) == route
     dear = ranges(*windows, size_bytes=900_000)
     assert found(200, [], levels=dear) == (-1, [(0, 63), (64, 127), (128, 191), (192, 255)])
 

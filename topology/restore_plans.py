@@ -20,6 +20,7 @@ from pipeline.routes import History, find_route
 from pipeline.signature import check_signature
 from pipeline.snapshot import Manifest, ManifestName, decode_manifest, parse_manifest_name
 from topology.fetching import open_segment
+from topology.rates import measured_rates
 
 _PLAN_FILE = "plan.json"
 _MANIFEST_FILE = "manifest.json"
@@ -100,6 +101,8 @@ def _plan_listed(objects: ObjectStore, request: Request, refused: Collection[Ran
             resume = open_segment(objects.get(str(segment)), segment).resume
             histories[segment.generation] = History(resume.generation_number, resume.shards)
     ranges = [one for one in listing.ranges if one.name.generation in histories]
+    probed = max(listing.segments, key=lambda one: one.size_bytes, default=None)
+    rates = measured_rates(objects, None if probed is None else str(probed.name))
     route = find_route(
         listing.snapshots,
         listing.segments,
@@ -107,6 +110,7 @@ def _plan_listed(objects: ObjectStore, request: Request, refused: Collection[Ran
         request.height,
         histories=histories,
         needs_snapshot=request.signer is not None,
+        rates=rates,
     )
     name = route.snapshot
     manifest = None if name is None else read.get(name) or read_manifest(objects, str(name))
@@ -119,6 +123,7 @@ def _plan_listed(objects: ObjectStore, request: Request, refused: Collection[Ran
         segments=route.segments,
         ranges=route.ranges,
         shards=histories[route.generation].shards,
+        rates=rates,
     )
     if request.shard is None:
         return planned
