@@ -71,7 +71,7 @@ torture: $(DEV) ## disturb real processes and brokers at POINTS=510 seeded fail 
 	$(BIN)/pytest tests/torture -m torture -n $(JOBS) --maxprocesses 8 --points $(POINTS) --seed $(SEED)
 	STATEFERRY_CRASH_SEEDS=20 $(BIN)/pytest tests/test_crash_model.py -n $(JOBS) --maxprocesses 8
 
-races: $(DEV) ## sweeps, publishers and restores on one object store, in 200 seeded orders (SEEDS=1000)
+races: $(DEV) ## sweeps, publishers, squashers and restores on one object store, in 200 seeded orders (SEEDS=1000)
 	STATEFERRY_RACE_SEEDS=$(SEEDS) $(BIN)/pytest -n $(JOBS) tests/test_sweep_races.py
 
 golden: $(DEV) ## read the golden files of every format version (VERSION=v2 writes those of a new one first)

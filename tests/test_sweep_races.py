@@ -1,4 +1,4 @@
-"""A sweep, publishers and restores at once, request by request in an order that a seed chooses.
+"""Sweeps, publishers, squashers and restores at once, request by request in an order that a seed chooses.
 
 `STATEFERRY_RACE_SEEDS=200 pytest tests/test_sweep_races.py` (`make races`) runs more of them.
 """
@@ -6,13 +6,20 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from pipeline import ranges
+from pipeline import squash as squashing
+from pipeline.archive_names import parse_piece_name, whole_ranges
 from pipeline.errors import ObjectMissing
+from pipeline.leases import LEASE_S
 from pipeline.objects import LocalObjects, MemoryObjects, ObjectStore
 from pipeline.parts import WrittenPart
 from pipeline.position import Meta
@@ -20,13 +27,15 @@ from pipeline.retention import Rules
 from pipeline.snapshot import Manifest, decode_manifest, parse_manifest_name
 from pipeline.stores.rocksdb import RocksStore
 from tests.ferries import Ferry, Killed, held, make_ferry
-from tests.turns import Turns, copy_objects
-from topology import fetching, snapshotter
+from tests.turns import Actor, Turns, copy_objects
+from tests.walks import GENERATION
+from topology import fetching, holding, snapshotter, squasher
 from topology.children import no_report
 from topology.collector import Swept, look, sweep
 from topology.holding import Clock
 from topology.restore_plans import Request
 from topology.restorer import Restored, restore
+from topology.squasher import Archive, Squashed, squash
 
 SEEDS = int(os.environ.get("STATEFERRY_RACE_SEEDS", "2"))
 RULES = Rules(last=1)
@@ -129,33 +138,37 @@ def race(
     returned = [manifest for actor in publishers for manifest in actor.result or ()]
 
     # Whoever is gone holds nothing up for ever: what stays in the end is what the rules keep.
-    clock = turns.clock(collectors[0])
-    lasting = Clock(now_s=clock.now_s, steady_s=clock.steady_s, sleep=lambda _: None)
-    for _ in range(2):
-        turns.now_s += 100_000
-        sweep(objects, look(objects, "walk", RULES, clock=lasting), RULES, clock=lasting)
+    sweep_the_rest(turns, collectors[0], objects)
     (newest,) = manifests(objects)
     assert newest.height >= max(manifest.height for manifest in (*returned, *ferry.manifests))
     left = {info.name for info in objects.list() if "/archive/" not in info.name}
     assert left == {newest.name, *map(newest.part_name, newest.parts)}
 
 
-@pytest.mark.parametrize("kind", ["memory", "local"])
+def sweep_the_rest(turns: Turns, actor: Actor, objects: ObjectStore) -> None:
+    """Once all who held leases are gone."""
+    clock = turns.clock(actor)
+    lasting = Clock(now_s=clock.now_s, steady_s=clock.steady_s, sleep=lambda _: None)
+    for _ in range(2):
+        turns.now_s += 100_000
+        sweep(objects, look(objects, "walk", RULES, clock=lasting), RULES, clock=lasting)
+
+
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_race(
-    seed: int, kind: str, tmp_path: Path, ferry: Ferry, prepared: list[Prepared], monkeypatch: pytest.MonkeyPatch
+    seed: int, tmp_path: Path, ferry: Ferry, prepared: list[Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every restore ends with the state of its height, every manifest has its parts, and in the end nothing is left but
-    what the rules keep."""
+    what the rules keep. In memory and in a directory by turns."""
     monkeypatch.setattr(fetching, "_THREADS", 1)
     monkeypatch.setattr(snapshotter, "_PUTTING_THREADS", 1)
-    objects = MemoryObjects() if kind == "memory" else LocalObjects(tmp_path / "objects")
+    objects = LocalObjects(tmp_path / "objects") if seed % 2 else MemoryObjects()
     copy_objects(ferry.objects, objects, tmp_path)
 
     race(seed, tmp_path, ferry, prepared, objects, restorers_count=4)
 
 
-@pytest.mark.parametrize("seed", range(SEEDS * 20))
+@pytest.mark.parametrize("seed", range(SEEDS * 10))
 def test_publishers_race(
     seed: int, tmp_path: Path, ferry: Ferry, prepared: list[Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,3 +178,106 @@ def test_publishers_race(
     copy_objects(ferry.objects, objects, tmp_path)
 
     race(seed, tmp_path, ferry, prepared, objects, restorers_count=0)
+
+
+@pytest.fixture(scope="module")
+def archived(tmp_path_factory: pytest.TempPathFactory) -> Ferry:
+    """Two segments, and a snapshot above them."""
+    ferry = make_ferry(tmp_path_factory.mktemp("archived"), events=450, snapshots=0)
+    assert ferry.snapshot().height >= 127
+    return ferry
+
+
+def race_squashers(seed: int, folder: Path, ferry: Ferry) -> None:
+    """Two who make the same three range diffs, the last of the others, and two sweeps that may take pieces of one that
+    lacks some, and all that they are made of: the rules promise no height below the newest snapshot."""
+    objects = MemoryObjects()
+    copy_objects(ferry.objects, objects, folder)
+    turns = Turns(seed, objects)
+    archive = Archive("walk", GENERATION.generation, 0)
+
+    def squashes(number: int) -> Callable[[ObjectStore, Clock], list[Squashed]]:
+        def run(objects: ObjectStore, clock: Clock) -> list[Squashed]:
+            made = []
+            for one in squash(objects, archive, folder / f"squashing-{number}", clock=clock):
+                there = {info.name for info in objects.list()}  # its maker's lease is held still
+                assert {str(piece) for piece in one.name.pieces(len(one.sizes))} <= there
+                made.append(one)
+            return made
+
+        return run
+
+    def collect(objects: ObjectStore, clock: Clock) -> list[Swept]:
+        seen = look(objects, "walk", RULES, archive=True, clock=clock)
+        return [sweep(objects, seen, RULES, archive=True, clock=clock)]
+
+    dies_at = turns.random.choice([0, turns.random.randint(1, 40)])
+    squashers = [turns.add(f"squasher {one}", squashes(one), dies_at=dies_at if one else 0) for one in (0, 1)]
+    collectors = [turns.add(f"collector {one}", collect) for one in (0, 1)]
+    turns.run()
+
+    for actor in (*squashers, *collectors):
+        assert actor.error is None or isinstance(actor.error, Killed), (actor.name, actor.error)
+    turns.now_s += NEVER_S
+    sweep_the_rest(turns, collectors[0], objects)
+    pieces = [piece for info in objects.list() if (piece := parse_piece_name(info.name)) is not None]
+    assert sum(len(one.sizes) for one in whole_ranges((piece, 1) for piece in pieces)) == len(pieces)
+
+
+NEVER_S = 1e7
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Range diffs of some pieces each, under leases that nobody needs to renew."""
+    monkeypatch.setattr(squashing, "LEVELS", (64, 128))
+    monkeypatch.setattr(squashing, "CHUNK_CHANGES_MAX", 9)
+    monkeypatch.setattr(ranges, "PIECE_RAW_BYTES", 2000)
+    monkeypatch.setattr(squasher, "_THREADS", 1)
+    monkeypatch.setattr(holding, "LEASE_S", NEVER_S)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("seed", range(SEEDS * 3))
+def test_squashers_race(seed: int, tmp_path: Path, archived: Ferry) -> None:
+    """What a range diff is made of, and its pieces, stay while its maker lives; of one that was killed, and is made by
+    nobody else, nothing is left in the end."""
+    race_squashers(seed, tmp_path, archived)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize(
+    ("mutant", "first"), [("no grace", 20), ("publishers do not wait", 220), ("squashers hold no lease", 50)]
+)
+def test_races_see_what_is_wrong(
+    mutant: str,
+    first: int,
+    tmp_path: Path,
+    ferry: Ferry,
+    prepared: list[Prepared],
+    archived: Ferry,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A sweep that does not wait, a publisher that does not wait for its end, a squasher without a lease: each fails at
+    some seed, the first of them soon after ``first``."""
+    monkeypatch.setattr(holding, "LEASE_S", NEVER_S if mutant == "squashers hold no lease" else LEASE_S)
+    monkeypatch.setattr(snapshotter, "_PUTTING_THREADS", 1)
+    if mutant == "no grace":
+        monkeypatch.setattr(sys.modules[__name__], "sweep", partial(sweep, grace_s=0.0))
+    elif mutant == "publishers do not wait":
+        monkeypatch.setattr(snapshotter, "wait_for_sweeps", lambda *_: None)
+    else:
+        monkeypatch.setattr(squasher, "held", lambda *_, **__: nullcontext())
+    for seed in range(first, first + 600):
+        folder = tmp_path / f"{seed}"
+        folder.mkdir()
+        try:
+            if mutant == "squashers hold no lease":
+                race_squashers(seed, folder, archived)
+            else:
+                objects = MemoryObjects()
+                copy_objects(ferry.objects, objects, folder)
+                race(seed, folder, ferry, prepared, objects, restorers_count=0)
+        except AssertionError:
+            return
+    pytest.fail("no seed has found it")
