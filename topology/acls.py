@@ -40,6 +40,12 @@ ROLES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
         "blocks": ("DESCRIBE_CONFIGS", "READ"),
         "shard-blocks": ("DESCRIBE_CONFIGS", "READ", "WRITE"),
     },
+    "trimmer": {
+        GENERATIONS_TOPIC: ("READ", "WRITE"),
+        "blocks": ("DELETE", "READ"),
+        "diffs": ("DELETE", "READ"),
+        "shard-blocks": ("DELETE", "READ"),
+    },
     "replica": {
         GENERATIONS_TOPIC: ("DESCRIBE_CONFIGS", "READ"),
         "blocks": _LOOK,
@@ -49,7 +55,8 @@ ROLES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     },
 }
 """Operations on topics. The operator runs `topics create` and `generation new`; nobody else makes topics. Of several
-shards every primary may come to split events, and is a splitter, too."""
+shards every primary may come to split events, and is a splitter, too. Who trims topics is a trimmer: DELETE is for
+records and for whole topics, so no other role has it."""
 _IN_GROUPS: Final = ("primary", "replica")
 GROUPS: Final = "stateferry-"
 """Every worker is a consumer group of its own, whose name begins so."""

@@ -66,6 +66,25 @@ def test_several_shards(secured: Secured, tmp_path: Path) -> None:
     assert primary == replica
 
 
+def test_trimming(secured: Secured, tmp_path: Path) -> None:
+    """A primary that trims has another role for it. Without all of that it says what it lacks; with it, it deletes the
+    rest."""
+    site = site_on(secured, tmp_path)
+    site.ingest(*BLOCKS)
+    site.follow("primary", "p", "--finality", 1)
+    site.here("snapshot").ok()
+    prefix, trim = site.place.prefix, ("topics", "trim", "--keep-blocks", 0)
+    grants = grants_of("trimmer", prefix)
+    grant(secured, "User:primary", without(grants, f"{prefix}blocks", "DELETE"))
+    with coming_as(site, secured.settings("SASL_SSL", "primary")) as user:
+        said = user.here(*trim, node="primary").failed(NotAuthorized)
+        assert f"user primary lacks DELETE on topic {prefix}blocks" in said
+        grant(secured, "User:primary", grants)
+        gone = user.here(*trim, node="primary").ok()["trimmed"]
+
+    assert [one["topic"] for one in gone] == [f"{prefix}blocks"]
+
+
 @pytest.mark.parametrize(
     ("role", "kind", "name", "operation"),
     [

@@ -17,10 +17,11 @@ FINALITY = 20
 CUT = 127
 
 
-def test_all_go_on(tmp_path: Path) -> None:
+def test_all_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each topic is cut where what is archived of its shard ends. A replica in an empty directory restores all
     of them; a primary whose stores stand below restores its shards one by one."""
     site = Sharded(tmp_path / "site").begin(2)
+    monkeypatch.setenv("STATEFERRY_SESSION_TIMEOUT_S", "6" if site.place.is_kafka else "1")
     site.ingest(write_hex_lines(tmp_path / "some.hex", BLOCKS[:SOME]))
     site.follow("primary", "p", "--finality", FINALITY)
     site.here("restore", "--claimed", "--height", 60, node="away").ok()

@@ -25,6 +25,8 @@ SOME, MORE = 160, 180
 FINALITY = 20
 CUT = 127
 """Where the last whole segment ends, and everything is deleted by a trim that keeps nothing behind it."""
+LONG, LONG_CUT = 215, 191
+"""The same later on."""
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,12 @@ def base(each_broker: None, tmp_path_factory: pytest.TempPathFactory) -> Site:
 @pytest.fixture
 def site(base: Site, tmp_path: Path) -> Site:
     return base.copy(tmp_path / "site")
+
+
+@pytest.fixture
+def quickly_replaced(each_broker: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A primary that ended is replaced after as little as its broker allows."""
+    monkeypatch.setenv("STATEFERRY_SESSION_TIMEOUT_S", "6" if Site.kafka_url else "1")
 
 
 def bounds(site: Site, topic: str) -> tuple[int, int]:
@@ -149,7 +157,7 @@ def test_ingest_goes_on(site: Site) -> None:
     assert low.code == 5 and f"known from {CUT}:" in low.document["way_out"]
 
 
-def test_a_new_replica(site: Site) -> None:
+def test_a_new_replica(site: Site, quickly_replaced: None) -> None:
     """It begins in an empty directory with what is archived, and follows the topic from there; a primary too."""
     trim(site, "--keep-blocks", 0)
     go_on(site)
@@ -163,6 +171,24 @@ def test_a_new_replica(site: Site) -> None:
     )
     epoch = site.meta("p").epoch
     assert site.follow("primary", "other")["epoch"] == epoch + 1
+
+
+def test_a_restore_that_is_killed(site: Site) -> None:
+    """By the time it is started again the topics begin above where its plan leads: it makes another."""
+    trim(site, "--keep-blocks", 0)
+    env = {"STATEFERRY_FAILPOINT": "restore.planned:1"}
+    assert site.command("run", "--role", "replica", node="new", env=env).code == -signal.SIGKILL
+    objects = open_objects(f"file://{site.objects}")
+    (pin,) = [info.name for info in objects.list("bitcoin/leases/")]
+    assert pin in str(trim(site, "--keep-blocks", 0)["why"])  # until it expires
+    objects.delete(pin)
+    site.ingest(write_hex_lines(site.folder / "long.hex", BLOCKS[:LONG]))
+    site.follow("primary", "p")
+    assert trim(site, "--keep-blocks", 0)["height"] == LONG_CUT
+    site.follow("replica", "new")
+
+    same_state(site, ["p", "new"])
+    assert site.meta("new").base_height == LONG_CUT
 
 
 def test_a_replica_that_was_away(site: Site, tmp_path: Path) -> None:
@@ -186,12 +212,11 @@ def test_deleted_under_a_running_replica(site: Site) -> None:
     with site.running("replica", "r") as worker:
         site.wait_for("r", worker, height=SOME - 1)
         site.put_to_sleep(worker)
-        write_hex_lines(site.folder / "long.hex", BLOCKS[:215])
-        site.ingest(site.folder / "long.hex")
+        site.ingest(write_hex_lines(site.folder / "long.hex", BLOCKS[:LONG]))
         site.follow("primary", "p")
-        assert trim(site, "--keep-blocks", 0)["height"] > SOME
+        assert trim(site, "--keep-blocks", 0)["height"] == LONG_CUT
         worker.send_signal(signal.SIGCONT)
-        site.wait_for("r", worker, height=214, proof="proven")
+        site.wait_for("r", worker, height=LONG - 1, proof="proven")
 
     same_state(site, ["p", "r"])
 

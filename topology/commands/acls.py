@@ -18,7 +18,8 @@ def acls_command(settings: Settings, role: str, principal: str, as_json: bool) -
     """Print the kafka-acls.sh lines that let a role work, and do no more. Nothing is asked of the broker.
 
     Roles: the operator makes topics and new generations, a source ingests, workers are primary or replica. Where there
-    are several shards, grant a primary both its own role and that of a splitter.
+    are several shards, grant a primary both its own role and that of a splitter. Who trims topics, by hand or as a
+    primary, is a trimmer, too.
     """
     bootstrap = shown(addresses(settings.broker)) if is_kafka(settings.broker) else "HOST:PORT"
     grants = acls.grants_of(role, settings.topic_prefix)
