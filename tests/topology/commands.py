@@ -353,23 +353,23 @@ class Site:
     # Stores
 
     @contextlib.contextmanager
-    def store(self, node: str) -> Iterator[RocksStore]:
-        """A node's store, while no worker has it."""
-        store = RocksStore(self.dir(node) / "store")
+    def store(self, node: str, *, read_only: bool = False) -> Iterator[RocksStore]:
+        """A node's store, while no worker has it. To read takes half as long to open, and changes nothing."""
+        store = RocksStore(self.dir(node) / "store", read_only=read_only)
         try:
             yield store
         finally:
             store.close()
 
     def meta(self, node: str) -> Meta:
-        with self.store(node) as store:
+        with self.store(node, read_only=True) as store:
             data = store.get_meta(META_KEY)
         assert data is not None
 
         return decode_meta(data)
 
     def content(self, node: str) -> dict[bytes, bytes]:
-        with self.store(node) as store:
+        with self.store(node, read_only=True) as store:
             return dict(store.scan())
 
     def muhash(self, node: str) -> Any:

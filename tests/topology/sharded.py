@@ -35,7 +35,7 @@ class Sharded(Site):
         """Of each shard's store, while no worker has it."""
         metas = []
         for shard in range(self.shards):
-            store = RocksStore(self.store_path(node, shard))
+            store = RocksStore(self.store_path(node, shard), read_only=True)
             data = store.get_meta(META_KEY)
             store.close()
             assert data is not None
@@ -48,7 +48,7 @@ class Sharded(Site):
     def content(self, node: str) -> dict[bytes, bytes]:
         found: dict[bytes, bytes] = {}
         for shard in range(self.shards):
-            store = RocksStore(self.store_path(node, shard))
+            store = RocksStore(self.store_path(node, shard), read_only=True)
             found |= dict(store.scan())
             store.close()
         return found
