@@ -95,14 +95,16 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Every test runs on the embedded log and on one Kafka: the versions take turns through a file. On all of them run
     the suites of the transports, where they may differ, and everything if KAFKA_VERSIONS names them. With
-    KAFKA_TURNS=left it is what the turns leave out that runs, and nothing else."""
+    KAFKA_TURNS=left it is what the turns leave out that runs, and what is marked for it, and nothing else."""
     if os.environ.get("KAFKA_VERSIONS"):
         return
     found: dict[tuple[str, Path], list[pytest.Item]] = defaultdict(list)
+    longer = {item for item in items if item.get_closest_marker("parity")}
     for item in items:
-        found[_broker(item), item.path].append(item)
+        if item not in longer:
+            found[_broker(item), item.path].append(item)
     versions = kafka_names()
-    left = {
+    left = longer | {
         item
         for (broker, path), of_file in found.items()
         if broker in versions and path.parent.name != "transports"

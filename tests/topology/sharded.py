@@ -15,7 +15,8 @@ from tests.topology.commands import Site
 
 ROOT_199 = "99dc5a5a61e5a2e7fe524d6992d7a9aa493651b61f292773c80d51bf90e7a43c"
 ROOT_299 = "91d3b889e617757b573e7c272c28fa3066670147b4c31ba0215128f0aa3cfd6b"
-"""Of the first 200, and 300, blocks of Bitcoin, in a run with one shard."""
+ROOT_599 = "e0140eb8e20b59ae7f8b9b686980d71e6f26736e1af18d479069dde72aa00ae6"
+"""Of the first 200, 300, and 600, blocks of Bitcoin, in a run with one shard."""
 
 
 class Sharded(Site):

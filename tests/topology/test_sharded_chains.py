@@ -9,14 +9,14 @@ import pytest
 
 from tests.chains import block_files, expected, load_blocks, write_hex_lines
 from tests.topology.commands import Site, check, wait_until
-from tests.topology.sharded import ROOT_199, Sharded, leading, more, same
+from tests.topology.sharded import ROOT_199, ROOT_599, Sharded, leading, more, same
 
 pytestmark = pytest.mark.usefixtures("each_broker")
 
 
 def test_mainnet(tmp_path: Path) -> None:
     """At a height on the way and at the end, by every command that reads. The first 200 blocks have the first
-    spends; all 600 are in `test_chains` in one shard, and in `test_shards` without a broker in any number."""
+    spends."""
     site = Sharded(tmp_path / "site").begin(2)
     steps = expected("mainnet_0_599")
     site.ingest(write_hex_lines(tmp_path / "blocks.hex", load_blocks("mainnet_0_599")[:200]))
@@ -39,6 +39,19 @@ def test_mainnet(tmp_path: Path) -> None:
     verified = site.here("verify", node="r").ok()
     assert (verified["verified_root"], verified["keys"]) == (ROOT_199, 203)
     assert site.anchored()[199] == ROOT_199
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("shards", [2, 4])
+def test_all_of_mainnet(shards: int, tmp_path: Path) -> None:
+    """Root, coins and MuHash of 600 blocks, on a primary and on a replica."""
+    site = Sharded(tmp_path / "site").begin(shards)
+    site.ingest(*block_files("mainnet_0_599"))
+    roots = [done["root"] for done in site.follow_both()]
+
+    assert roots == [ROOT_599] * 2 == [check(site, node, expected("mainnet_0_599")[599]) for node in "pr"]
+    same(site, ["p", "r"])
+    assert site.anchored()[599] == ROOT_599
 
 
 @pytest.mark.parametrize(("name", "shards", "blocks"), [("signet_0_120", 4, 81), ("regtest_kernel_206", 8, 121)])
