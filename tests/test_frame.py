@@ -137,7 +137,7 @@ def test_prefix_is_read_in_every_version() -> None:
         (6, b"\x05", "kind 5"),
         (6, b"\x00", "kind 0"),
         (7, b"\x03", "codec 3"),
-        (8, b"\x02", "unknown features \\(0x2\\)"),
+        (8, b"\x04", "unknown features \\(0x4\\)"),
         (8, b"\x01\x00\x00\x80", "unknown features"),
     ],
 )
