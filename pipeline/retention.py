@@ -69,11 +69,12 @@ class Verdict(NamedTuple):
 
 
 class Doomed(NamedTuple):
-    """An object that nobody needs."""
+    """An object that nobody needs. ``behind``: the manifest that must go before it; empty: none names it."""
 
     name: str
     size_bytes: int
     why: str
+    behind: str = ""
 
 
 def expired(
@@ -182,8 +183,11 @@ def doomed(
         inside = _IN_SNAPSHOT.fullmatch(info.name)
         if inside is None or info.name in protected or info.name in stays or parse_manifest_name(info.name):
             continue
-        why = "its snapshot goes" if f"{inside[1]}/{MANIFEST_FILE}" in going else "no manifest names it"
-        found.append(Doomed(info.name, info.size_bytes, why))
+        behind = f"{inside[1]}/{MANIFEST_FILE}"
+        if behind in going:
+            found.append(Doomed(info.name, info.size_bytes, "its snapshot goes", behind))
+        else:
+            found.append(Doomed(info.name, info.size_bytes, "no manifest names it"))
     archived = list(_archived_below(infos, verdicts, protected, gone)) if archive else []
     below = {one.name for one in archived}
     return found + archived + [one for one in _unfinished(infos, protected) if one.name not in below]

@@ -289,6 +289,19 @@ def test_orphans_and_leftovers_go(objects: LocalObjects, ferry: Ferry, tmp_path:
     assert (killed.exists(), young.exists()) == (False, True)
 
 
+def test_a_manifest_that_comes_during_a_sweep(objects: LocalObjects, ferry: Ferry) -> None:
+    """Its parts had none when the sweep began, no rule keeps it: it goes with the next one, and not its parts before."""
+    late = ferry.manifests[0]
+    data = objects.get(late.name)
+    objects.delete(late.name)
+    came = Clock(now_s=lambda: NOW_S, steady_s=lambda: 0.0, sleep=lambda _: objects.put_new(late.name, data))
+    own = {late.name, *map(late.part_name, late.parts)}
+
+    assert not collected(objects, Rules(last=1), clock=came) & own
+    assert names(objects) >= own
+    assert collected(objects, Rules(last=1)) == own
+
+
 def test_pins_and_intents_keep(objects: LocalObjects, ferry: Ferry) -> None:
     """What a living lease names stays, until it ends."""
     one, other = ferry.manifests[:2]

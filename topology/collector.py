@@ -153,14 +153,15 @@ def sweep(
     what the store raises; then it may be done again."""
     if not first.doomed and not first.dead and not first.drafts:
         return Swept(deleted=(), drafts=(), left=0)
-    marked = [one.name for one in first.doomed]
+    marked = {one.name for one in first.doomed}
     mark = Lease(names=tuple(marked), lasts_s=int(grace_s + SWEEP_S + _MARGIN_S))
     marking = Holding(objects, first.chain_id, Kind.MARK, mark, clock)
     began_s = clock.steady_s()
     marking.renew()
     clock.sleep(grace_s)
     second = look(objects, first.chain_id, rules, archive=archive, before=first, clock=clock)
-    going = [one for one in second.doomed if one.name in set(marked)]
+    # A manifest that came meanwhile, and that no rule keeps, is for the next sweep: until then it has its parts.
+    going = [one for one in second.doomed if one.name in marked and one.behind in {"", *marked}]
     deleted: list[Doomed] = []
     for one in going:
         if clock.steady_s() - began_s > grace_s + SWEEP_S:
