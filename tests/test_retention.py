@@ -290,7 +290,7 @@ def test_orphans_and_leftovers_go(objects: LocalObjects, ferry: Ferry, tmp_path:
 
 
 def test_a_manifest_that_comes_during_a_sweep(objects: LocalObjects, ferry: Ferry) -> None:
-    """Its parts had none when the sweep began, no rule keeps it: it goes with the next one, and not its parts before."""
+    """Its parts had none when the sweep began, no rule keeps it: it goes with the next one, no part before."""
     late = ferry.manifests[0]
     data = objects.get(late.name)
     objects.delete(late.name)
