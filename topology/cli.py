@@ -20,29 +20,30 @@ import click
 from pipeline.errors import StateferryError, UsageError, disk_full
 
 _COMMANDS = {
-    "ingest": "topology.commands.ingest:ingest",
-    "run": "topology.commands.run:run",
-    "status": "topology.commands.store:status",
-    "get": "topology.commands.store:get",
-    "scan": "topology.commands.store:scan",
-    "root": "topology.commands.store:root",
-    "verify": "topology.commands.verify:verify",
-    "compare": "topology.commands.compare:compare",
-    "trace": "topology.commands.trace:trace",
-    "snapshot": "topology.commands.store:snapshot",
-    "restore": "topology.commands.restore:restore",
-    "gc": "topology.commands.retention:gc",
-    "prove-restorable": "topology.commands.retention:prove_restorable",
-    "drill": "topology.commands.drill:drill",
-    "frame": "topology.commands.frames:frames",
-    "archive": "topology.commands.archive:archive_group",
-    "quarantine": "topology.commands.quarantine:quarantine",
-    "generation": "topology.commands.generation:generation_group",
-    "topics": "topology.commands.topics:topics_group",
-    "bench": "topology.bench.cli:bench",
-    "demo": "topology.commands.demo:demo",
+    "ingest": ("topology.commands.ingest:ingest", "Publish blocks, and rewinds where the branch changes"),
+    "run": ("topology.commands.run:run", "Follow a chain, as its primary or as a replica"),
+    "status": ("topology.commands.store:status", "Where this node stands, its lag, proof and buffers"),
+    "get": ("topology.commands.store:get", "Values of keys, with the position they are read at"),
+    "scan": ("topology.commands.store:scan", "A page of keys and values, all at one position"),
+    "root": ("topology.commands.store:root", "The root at the store's position, and its MuHash"),
+    "verify": ("topology.commands.verify:verify", "Audit the store and the object store"),
+    "compare": ("topology.commands.compare:compare", "Where two states or histories begin to differ"),
+    "trace": ("topology.commands.trace:trace", "Where a key's values came from, what a block did"),
+    "snapshot": ("topology.commands.store:snapshot", "Publish the state at a final height"),
+    "restore": ("topology.commands.restore:restore", "Fill a data directory from the object store"),
+    "gc": ("topology.commands.retention:gc", "Delete snapshots that no rule keeps"),
+    "prove-restorable": ("topology.commands.retention:prove_restorable", "How each promised height restores"),
+    "drill": ("topology.commands.drill:drill", "Rehearse the loss of broker and disks"),
+    "frame": ("topology.commands.frames:frames", "Look into archived frames, without a broker"),
+    "archive": ("topology.commands.archive:archive_group", "Work on archived blocks, without a worker"),
+    "quarantine": ("topology.commands.quarantine:quarantine", "The evidence of a quarantine, and the way out"),
+    "generation": ("topology.commands.generation:generation_group", "Show a chain's generation, begin a new one"),
+    "topics": ("topology.commands.topics:topics_group", "Make, check and trim a chain's topics"),
+    "bench": ("topology.bench.cli:bench", "Measure this machine"),
+    "demo": ("topology.commands.demo:demo", "See all of it on real blocks, in a minute"),
 }
-"""Imported when they are asked for: Faust and the benches are half of a second that most commands do not need."""
+"""Where each is, imported when it is asked for: Faust and the benches are half of a second that most do not need. And
+what `--help` says of it, which imports none of them."""
 _INTERRUPTED = 130
 _TERMINATED = 143
 
@@ -54,13 +55,16 @@ class _Commands(click.Group):
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        place = _COMMANDS.get(cmd_name)
-        if place is None:
+        if cmd_name not in _COMMANDS:
             return None
-        module, _, name = place.partition(":")
+        module, _, name = _COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), name)
         assert command.name == cmd_name, (command.name, cmd_name)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
