@@ -13,7 +13,8 @@ _HELP = """
 import sys
 from topology.cli import cli
 cli.main(["--help"], standalone_mode=False)
-print(*(name for name in sys.modules if name.startswith(("topology.commands", "topology.bench", "faust"))), file=sys.stderr)
+loaded = [name for name in sys.modules if name.startswith(("topology.commands", "topology.bench", "faust"))]
+print(*loaded, file=sys.stderr)
 """
 
 
