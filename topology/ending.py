@@ -3,11 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from pipeline.errors import StateferryError, disk_full
 from topology import logs
 
 log = logs.get()
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def on_signals(asked: Callable[[], None]) -> None:
+    """What the signals that ask a worker to end do, from now on, in the running loop."""
+    for number in SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, asked)
+
+
+@contextmanager
+def ending_at_once(otherwise: Callable[[], None]) -> Iterator[None]:
+    """While a state is restored in a thread, which hears of nothing: signals end the process there and then, with 0, as
+    a restore goes on after any kill. ``otherwise``: what they do afterwards."""
+
+    def end() -> None:
+        log.info("restore_cut_short", why="told to end")
+        os._exit(0)
+
+    on_signals(end)
+    try:
+        yield
+    finally:
+        on_signals(otherwise)
 
 
 class Ending:

@@ -42,6 +42,7 @@ EVENTS: Final[dict[str, str]] = {
     "lease_not_held": "kind, chain, message",  # what is read or put is not kept from sweeps
     "object_swept": "object, bytes, why",
     "restore_planned_again": "height, manifest",  # what it was to fetch was swept
+    "restore_cut_short": "why",  # the next start goes on with it
     "snapshot_not_taken": "error, message",
     "snapshot_taken": "height, manifest, parts, bytes, seconds",
     "generation_ended": "generation, successor",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 import shutil
-import signal
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ from topology import (
 from topology.app import Application
 from topology.control import ControlServer
 from topology.data_dir import DataDir
-from topology.ending import Ending
+from topology.ending import Ending, ending_at_once, on_signals
 from topology.node import Node
 from topology.rejoining import rejoin
 from topology.settings import Settings
@@ -85,15 +84,13 @@ async def run(
     """
     data_dir = DataDir(settings.data_dir)
     stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
     asked = asyncio.Event()  # to stop, by a signal
 
     def stop() -> None:
         asked.set()
         stopping.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+    on_signals(stop)
     with data_dir:
         data_dir.check_quarantine()
         shutil.rmtree(data_dir.copies_path, ignore_errors=True)
@@ -103,10 +100,16 @@ async def run(
         try:
             tried: set[bytes] = set()
             while True:
-                openings = await _find_openings(settings, role, until, broker, data_dir, stopping)
+                generation = await _find_generation(settings, until, broker, stopping)
+                if generation is None:
+                    return None
+                with ending_at_once(stop):
+                    await rejoin(settings, role, broker, data_dir, generation, until_height=until.height)
+                openings = await _find_openings(settings, role, until, broker, data_dir, generation, stopping)
                 if openings is None:
                     return None
-                await _fill_from_base(settings, data_dir, openings[0][0].generation)
+                with ending_at_once(stop):
+                    await _fill_from_base(settings, data_dir, generation)
                 shard_set = ShardSet(
                     settings=settings,
                     role=role,
@@ -125,7 +128,8 @@ async def run(
                     stopping.clear()
                     objects, history = open_objects(settings.objects_url), await topics.history(broker)
                     signer = required_signer(settings)
-                    await asyncio.to_thread(renewal.renew, objects, data_dir, history, error, signer)
+                    with ending_at_once(stop):
+                        await asyncio.to_thread(renewal.renew, objects, data_dir, history, error, signer)
                 except (LogChanged, OffsetOutOfRange) as error:
                     if asked.is_set() or not _stands_elsewhere(data_dir, tried):
                         raise
@@ -145,17 +149,29 @@ def _stands_elsewhere(data_dir: DataDir, tried: set[bytes]) -> bool:
     return is_elsewhere
 
 
-async def _find_openings(
-    settings: Settings, role: Role, until: Until, broker: Broker, data_dir: DataDir, stopping: asyncio.Event
-) -> list[tuple[Opening, bytes]] | None:
-    """Wait for the generation and the openings of its diffs; None if told to stop before, or if idle."""
+async def _find_generation(
+    settings: Settings, until: Until, broker: Broker, stopping: asyncio.Event
+) -> Generation | None:
+    """Wait for it, and check it and its topics; None if told to stop before, or if idle."""
     generation = await _wait(lambda: topics.current_generation(broker), until, stopping)
     if generation is None:
         return None
     topics.check_chain(settings.chain, generation.chain_id, settings.broker_url)
     await topics.ensure_topics(broker, generation)
     await topic_check.check(broker, generation, settings.topic_prefix)
-    await rejoin(settings, role, broker, data_dir, generation, until_height=until.height)
+    return generation
+
+
+async def _find_openings(
+    settings: Settings,
+    role: Role,
+    until: Until,
+    broker: Broker,
+    data_dir: DataDir,
+    generation: Generation,
+    stopping: asyncio.Event,
+) -> list[tuple[Opening, bytes]] | None:
+    """Wait for the openings of its diffs; None if told to stop before, or if idle."""
     found: list[tuple[Opening, bytes]] | None
     try:
         if role is Role.PRIMARY:
