@@ -52,6 +52,7 @@ DIGESTS = {
     "frame_apply_1_zstd": "5e616d05cb37451d",
     "frame_end": "a284880a712bcc46",
     "frame_epoch": "a360ec438f55b693",
+    "frame_epoch_takes_back": "cda22a4fc93698c1",
     "frame_opening": "4abb21d417427ed5",
     "frame_undo_zstd": "521b44e151206e7e",
     "generation_first": "54e61230ec07d691",
@@ -230,11 +231,16 @@ def test_undo_frame() -> None:
 
 
 def test_frames_of_the_partition() -> None:
-    """The opening, an EPOCH, and the end that names a successor."""
+    """The opening, an EPOCH, one that takes frames back, and the end that names a successor."""
     epoch, end = frame.decode(golden("frame_epoch")), frame.decode(golden("frame_end"))
 
     assert decode_opening(golden("frame_opening")) == OPENING
     assert (epoch.header.kind, epoch.header.epoch, epoch.header.writer) == (Kind.EPOCH, 1, b"w" * 16)
+    back = frame.decode(golden("frame_epoch_takes_back")).header
+    assert (back.kind, back.epoch, back.writer, back.required) == (Kind.EPOCH, 3, b"x" * 16, Feature.TAKES_BACK)
+    assert (back.shard, back.shards, back.seq, back.walk, back.prev_frame_id) == (1, 2, 7, 9, b"7" * 32)
+    assert (back.source_epoch, back.source_writer) == (2, b"s" * 16)
+    assert (back.next_input_offset, back.input_digest) == (12, b"d" * 32)
     assert (end.header.kind, end.header.epoch, end.header.writer) == (Kind.GENERATION, 2, b"v" * 16)
     assert decode_end(end.body) == SUCCESSOR
 

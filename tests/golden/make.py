@@ -17,11 +17,12 @@ from blake3 import blake3
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from walks import GENERATION, NO_PARENT, STAMP, Wire, Writer, block, coin, ref
 
-from pipeline import chunk, journal
+from pipeline import chunk, frame, journal
 from pipeline.archive import LAYOUT, Section, Segment, build_segment, resume_record
 from pipeline.block import BlockRef, Connect, Event, Op, Rewind, SourceEpoch, encode_event
 from pipeline.codec import Codec
 from pipeline.floor import EventsFloor, Floor, FramesFloor, ShardFloor, encode_floor
+from pipeline.frame import Feature, Header, Kind
 from pipeline.generation import Generation, encode_end, encode_generation
 from pipeline.group import Step
 from pipeline.parts import Part, sum_parts
@@ -66,6 +67,26 @@ EVENTS: dict[str, Event] = {
     ),
     "rewind": Rewind(stamp=STAMP, walk=3, to=ref(0)),
 }
+
+TAKES_BACK = Header(
+    kind=Kind.EPOCH,
+    codec=Codec.NONE,
+    required=Feature.TAKES_BACK,
+    generation=GENERATION.generation,
+    epoch=3,
+    writer=b"x" * 16,
+    shard=1,
+    shards=2,
+    chain_id="walk",
+    seq=7,
+    walk=9,
+    prev_frame_id=b"7" * 32,
+    source_epoch=2,
+    source_writer=b"s" * 16,
+    next_input_offset=12,
+    input_digest=b"d" * 32,
+    table_roots={},
+)
 
 SUCCESSOR = Generation(
     generation=b"n" * 16,
@@ -179,6 +200,7 @@ def files() -> dict[str, bytes]:
     writer, found = steps(Codec.ZSTD)
     made["frame_apply_1_whole"] = found[1][0].whole
     made["frame_opening"], made["frame_epoch"] = writer.wire.records[:2]
+    made["frame_epoch_takes_back"] = frame.encode(TAKES_BACK, b"")
     made["frame_end"] = encode_end(SUCCESSOR, GENERATION, epoch=2, writer=b"v" * 16)
     chunks = chunk.cut(
         found[0][1], generation=GENERATION.generation, epoch=1, writer=b"w" * 16, number=1, record_bytes_max=400
