@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -246,9 +244,7 @@ def test_squashers_race(seed: int, tmp_path: Path, archived: Ferry) -> None:
 
 
 @pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize(
-    ("mutant", "first"), [("no grace", 20), ("publishers do not wait", 220), ("squashers hold no lease", 50)]
-)
+@pytest.mark.parametrize(("mutant", "first"), [("publishers do not wait", 220), ("squashers hold no lease", 50)])
 def test_races_see_what_is_wrong(
     mutant: str,
     first: int,
@@ -258,13 +254,11 @@ def test_races_see_what_is_wrong(
     archived: Ferry,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A sweep that does not wait, a publisher that does not wait for its end, a squasher without a lease: each fails at
-    some seed, the first of them soon after ``first``."""
+    """A publisher that does not wait for a sweep's end, a squasher without a lease: each fails at some seed, the first
+    of them soon after ``first``."""
     monkeypatch.setattr(holding, "LEASE_S", NEVER_S if mutant == "squashers hold no lease" else LEASE_S)
     monkeypatch.setattr(snapshotter, "_PUTTING_THREADS", 1)
-    if mutant == "no grace":
-        monkeypatch.setattr(sys.modules[__name__], "sweep", partial(sweep, grace_s=0.0))
-    elif mutant == "publishers do not wait":
+    if mutant == "publishers do not wait":
         monkeypatch.setattr(snapshotter, "wait_for_sweeps", lambda *_: None)
     else:
         monkeypatch.setattr(squasher, "held", lambda *_, **__: nullcontext())
