@@ -93,9 +93,9 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Every test runs on the embedded log and on one Kafka: the versions take turns through a file. On all of them run
-    the suites of the transports, where they may differ, and everything if KAFKA_VERSIONS names them. With
-    KAFKA_TURNS=left it is what the turns leave out that runs, and what is marked for it, and nothing else."""
+    """Every test runs on the embedded log, and every second one of a file on Kafka too, whose versions take turns. On
+    all of them run the suites of the transports, where they may differ, and everything if KAFKA_VERSIONS names them.
+    With KAFKA_TURNS=left it is what this leaves out that runs, and what is marked for it, and nothing else."""
     if os.environ.get("KAFKA_VERSIONS"):
         return
     found: dict[tuple[str, Path], list[pytest.Item]] = defaultdict(list)
@@ -109,7 +109,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for (broker, path), of_file in found.items()
         if broker in versions and path.parent.name != "transports"
         for at, item in enumerate(of_file)
-        if at % len(versions) != versions.index(broker)
+        if at % (2 * len(versions)) != 2 * versions.index(broker)
     }
     config.hook.pytest_deselected(items=[item for item in items if (item in left) is not KAFKA_TURNS_LEFT])
     items[:] = [item for item in items if (item in left) is KAFKA_TURNS_LEFT]
