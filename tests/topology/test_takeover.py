@@ -30,7 +30,7 @@ def helpers(worker: Command) -> list[psutil.Process]:
 def test_a_dead_worker_s_shards(tmp_path: Path) -> None:
     """Restored from the snapshot in a process of its own; the other shard goes on while this one stands still."""
     site = Sharded(tmp_path / "site").begin(2)
-    site.here("ingest", "synthetic", "--blocks", BLOCKS, "--changes", 20).ok()
+    site.here("ingest", "synthetic", "--blocks", 20, "--changes", 20).ok()  # so few that none is behind who joins late
     stop = QUICK | {"STATEFERRY_FAILPOINT": "restore.planned:1:stop"}
     with (
         site.running("primary", "p", *FINALITY, env=QUICK) as first,
@@ -38,6 +38,7 @@ def test_a_dead_worker_s_shards(tmp_path: Path) -> None:
     ):
         wait_until(lambda: len(leading(site, "p")) == len(leading(site, "q")) == 1, second)
         mine, others = leading(site, "q"), leading(site, "p")
+        more(site, 19, BLOCKS - 20)
         for node in "pq":
             wait_until(lambda node=node: set(heights(site, node).values()) == {BLOCKS - 1}, second)  # type: ignore[misc]
         assert site.here("snapshot").ok()["height"] == ARCHIVED
