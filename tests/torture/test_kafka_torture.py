@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
 
 from pipeline.errors import BrokerUnavailable, Fenced
 from pipeline.generation import GENERATIONS_TOPIC
@@ -265,7 +266,14 @@ class Kafka:
             admin = AIOKafkaAdminClient(bootstrap_servers=self.place.url.removeprefix("kafka://"))
             await admin.start()
             try:
-                return await what(admin)
+                async with asyncio.timeout(ASK_S):
+                    while True:
+                        try:
+                            return await what(admin)
+                        except KafkaError as error:  # a broker that was just started still reads its groups
+                            if not error.retriable:
+                                raise
+                        await asyncio.sleep(0.2)
             finally:
                 await admin.close()
 
