@@ -38,6 +38,8 @@ from .workers import STARTS_MAX, Joiner, Worker, primary, replica, wait_until
 
 ARCHIVED_TO = (HEIGHT - FINALITY + 1) // 64 * 64
 """Whole segments of final blocks: what a primary archives by itself."""
+_ANSWER_S = 60.0
+"""A broker answers within this."""
 ASK_S = 0.2
 """Between two questions that cost a worker or a broker something."""
 
@@ -266,14 +268,14 @@ class Kafka:
             admin = AIOKafkaAdminClient(bootstrap_servers=self.place.url.removeprefix("kafka://"))
             await admin.start()
             try:
-                async with asyncio.timeout(ASK_S):
+                async with asyncio.timeout(_ANSWER_S):
                     while True:
                         try:
                             return await what(admin)
                         except KafkaError as error:  # a broker that was just started still reads its groups
                             if not error.retriable:
                                 raise
-                        await asyncio.sleep(0.2)
+                        await asyncio.sleep(ASK_S)
             finally:
                 await admin.close()
 
