@@ -4,7 +4,6 @@ busy machine takes."""
 from __future__ import annotations
 
 import os
-import re
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
@@ -42,8 +41,6 @@ _LONG = (
     "test_fencing.py",
 )
 """Each as long as sixty."""
-_POINTS_A_CLUSTER = 110
-"""Of the points on Kafka, of which two in nine use three brokers."""
 
 
 class _LongestFirst(OrderedDict[str, dict[str, bool]]):
@@ -63,7 +60,7 @@ def _weight(test: str) -> int:
 class _ByFile(LoadScopeScheduling):
     """What a file has for one broker goes to one process, because it is built on the same fixtures. But points of
     torture and crashes of the model stand alone, and whatever needs three brokers, or secured ones, uses the same,
-    which then end; but for so many points of torture that one process would be the last to come to its end."""
+    which then end: two cores do not carry two such clusters."""
 
     def __init__(self, config: pytest.Config, log: Any) -> None:
         super().__init__(config, log)
@@ -72,8 +69,7 @@ class _ByFile(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file, _, test = nodeid.partition("::")
         if any(word in nodeid for word in ("test_broker_loss.py", "kill-broker", "move-leader")):
-            point = re.search(r"\[(\d+)-", test)
-            return f"three brokers {int(point[1]) // _POINTS_A_CLUSTER if point else 0}"
+            return "three brokers"
         if "/security/" in file and "test_secret_files.py" not in file:
             return "secured brokers"
         if "/torture/" in file or "test_crash_model.py" in file:
