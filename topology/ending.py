@@ -13,12 +13,12 @@ from topology import logs
 
 log = logs.get()
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def on_signals(asked: Callable[[], None]) -> None:
     """What the signals that ask a worker to end do, from now on, in the running loop."""
-    for number in SIGNALS:
+    for number in _SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, asked)
 
 
